@@ -1,0 +1,114 @@
+"""ActFocus on one screen: token weights, group advantages, the clipped loss. Tensors in, tensors out.
+
+    advantages = group_advantages(rewards, group_size)                       # GRPO
+    weights    = actfocus_weights(energy, reasoning, action, response)       # the one thing that ActFocus adds
+    loss       = clipped_loss(logprob, old_logprob, advantages, weights)     # alpha = 1, beta = 0 is GRPO exactly
+
+The trainer counts B trajectories of T tokens; the masks say which of them the model wrote (`response`), and which of those
+are reasoning and which action. Formulas: arXiv 2605.14558; what the paper leaves open is marked "our decision".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # in the two standardisations (the paper's value for advantages; our decision for the signal's variance)
+
+
+def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """A = (R - mean) / (std + 1e-6) within each group of rollouts of one prompt: (B,) -> (B,), float32.
+
+    Groups are consecutive runs of `group_size` rewards; std is the unbiased one. A group whose rewards are all equal, a group
+    of one included, gets exactly 0. Raises ValueError if B is not a multiple of group_size.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0]), 4)
+    tensor([ 0.8660, -0.8660, -0.8660,  0.8660,  0.0000,  0.0000,  0.0000,  0.0000])
+    """
+    if rewards.ndim != 1 or group_size < 1 or len(rewards) % group_size:
+        raise ValueError(f"{tuple(rewards.shape)} rewards do not split into groups of {group_size}")
+    groups = rewards.float().view(-1, group_size)  # (P, G)
+    spread = groups - groups.mean(dim=1, keepdim=True)
+    std = (spread.square().sum(dim=1, keepdim=True) / max(group_size - 1, 1)).sqrt()
+    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)  # rounding leaves a spread of 1e-8, which 1e-6 would blow up
+    return torch.where(equal, 0.0, spread / (std + EPS)).flatten()  # (B,)
+
+
+def actfocus_weights(
+    signal: Tensor, reasoning: Tensor, action: Tensor, response: Tensor, alpha: float = 0.1, beta: float = 0.5
+) -> Tensor:
+    """The weight of every token: (B, T) float32, 0 outside `response`.
+
+    reasoning: alpha. action: 1 + beta * sigmoid((signal - mu) / sigma), mu and sigma over all action tokens of the batch
+    (population, sqrt(var + eps)). Any other response token (tags, white space, end of turn): 1 (our decision).
+
+    signal: (B, T) float, the uncertainty of each token, by default the frozen reference's energy; read at action tokens only.
+    reasoning, action, response: (B, T) bool. Raises ValueError for shapes that differ, alpha outside [0, 1] or beta < 0.
+
+    >>> reasoning, action = torch.tensor([[1, 1, 0, 0, 0, 0]]).bool(), torch.tensor([[0, 0, 1, 1, 0, 0]]).bool()
+    >>> response = torch.tensor([[1, 1, 1, 1, 1, 0]]).bool()
+    >>> actfocus_weights(torch.tensor([[0.0, 0.0, -9.0, -7.0, 0.0, 0.0]]), reasoning, action, response)
+    tensor([[0.1000, 0.1000, 1.1345, 1.3655, 1.0000, 0.0000]])
+    """
+    shapes = [tuple(x.shape) for x in (signal, reasoning, action, response)]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"signal, reasoning, action and response differ in shape: {', '.join(map(str, shapes))}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}: it must be in [0, 1]")
+    if not beta >= 0:
+        raise ValueError(f"beta is {beta}: it must not be negative")
+    action = action & response
+    weights = response.float()
+    weights[reasoning & response] = alpha
+    chosen = signal[action].float()  # (number of action tokens,)
+    if len(chosen):
+        mu, sigma = chosen.mean(), (chosen.var(correction=0) + EPS).sqrt()
+        weights[action] = 1 + beta * torch.sigmoid((chosen - mu) / sigma)
+    return weights
+
+
+def clipped_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """L = -sum(w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)) / sum(w), rho = pi / pi_old: a scalar.
+
+    logprob, old_logprob, weights: (B, T); advantages: (B,), one per trajectory, or (B, T). Where a weight is 0 the log-probs are
+    never looked at. normalizer: what to divide by, by default weights.sum(); pass the whole mini-batch's sum of weights when
+    micro-batches are accumulated. If it is 0 the loss is 0. With packed tokens, all arguments may be (N,).
+
+    >>> old = torch.zeros(1, 3)
+    >>> new = torch.tensor([[0.0, 0.5, -0.5]])  # ratios 1, 1.65, 0.61
+    >>> clipped_loss(new, old, torch.tensor([1.0]), torch.ones(1, 3))  # -(1 + 1.28 + 0.61) / 3: a good action is clipped above
+    tensor(-0.9622)
+    >>> clipped_loss(new, old, torch.tensor([-1.0]), torch.ones(1, 3))  # (1 + 1.65 + 0.8) / 3: a bad one below
+    tensor(1.1496)
+    """
+    if advantages.ndim == logprob.ndim - 1:
+        advantages = advantages[:, None]  # (B, 1)
+    # NOTE: zero weights must mask before exp: inf * 0 is nan, and padding may hold anything.
+    ratio = torch.where(weights > 0, logprob - old_logprob, 0.0).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    total = weights.sum() if normalizer is None else torch.as_tensor(normalizer)
+    return -(weights * gain).sum() / torch.where(total > 0, total, 1.0)
+
+
+def reweight_advantages(advantages: Tensor, weights: Tensor, response: Tensor) -> Tensor:
+    """A_t -> A_t * w_t * N / sum(w): (B, T), the same update for any trainer that averages per-token advantages over tokens.
+
+    advantages: (B,) or (B, T); weights: (B, T) from `actfocus_weights`; response: (B, T) bool, N of them True. Since w >= 0,
+    the clipped loss of these advantages with uniform weights equals the weighted loss of the plain ones. N and sum(w) must be
+    those of the whole batch that the trainer averages over.
+
+    >>> reweight_advantages(torch.tensor([2.0]), torch.tensor([[0.5, 1.5, 0.0]]), torch.tensor([[True, True, False]]))
+    tensor([[1., 3., 0.]])
+    """
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]  # (B, 1)
+    total = weights.sum()
+    return advantages * weights * response * (response.sum() / torch.where(total > 0, total, 1.0))

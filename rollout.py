@@ -1,0 +1,215 @@
+"""Many episodes in one batch, tokens in, tokens out.
+
+Every row holds its own episode, and all rows stand at the same position: at each step a row feeds either the token that it just
+sampled or the next token that is forced on it (the rest of its prompt, the end of a cut turn, a tool's response). So no row
+waits for another's turn, nothing is padded on the left, causality is the only mask, and one key-value cache lives across
+all turns. The ids that training sees are the ids that were sampled: nothing is decoded and encoded again.
+
+    rollouts = rollout(policy, lambda: make_env("frozenlake"), seeds=[7, 7, 8, 8], temperature=1.0)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache, DynamicLayer
+
+from policy import Policy
+from segment import Segment, segment_turn
+
+
+@dataclass
+class Rollouts:
+    """B finished episodes, right-padded to T tokens. Position t of `old_logprob` and `labels` speaks of the token ids[:, t]."""
+
+    ids: Tensor  # (B, T) int64: prompt, turns, tool responses as the model saw them; 0 after the end
+    labels: Tensor  # (B, T) int64: Segment; OTHER for whatever the model did not sample
+    old_logprob: Tensor  # (B, T) float32: log-prob of each sampled token at the sampling temperature, else 0
+    rewards: Tensor  # (B,) float32: sum over the episode
+    success: Tensor  # (B,) bool
+    lengths: Tensor  # (B,) int64: tokens of the episode
+    turns: Tensor  # (B,) int64: assistant turns
+
+    @property
+    def response(self) -> Tensor:
+        """(B, T) bool: the tokens that the model sampled."""
+        return self.labels != Segment.OTHER
+
+    def take(self, rows: Tensor) -> Rollouts:
+        """Some of the episodes."""
+        return Rollouts(*(getattr(self, each.name)[rows] for each in fields(self)))
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that doubles its room instead of copying everything at each step, as `torch.cat` would."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)]
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        if stop > self.room[0].shape[2] or len(key_states) != len(self.room[0]):  # too short, or rows have left
+            self.room = [states.new_empty(*states.shape[:2], 2 * stop, states.shape[3]) for states in (key_states, value_states)]
+            for room, states in zip(self.room, (self.keys, self.values), strict=True):
+                if start:
+                    room[:, :, :start] = states
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = states
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)
+        return self.keys, self.values
+
+
+@dataclass
+class Row:
+    """One episode in play: the tokens known so far, of which the cache may hold fewer, and the turn being sampled."""
+
+    index: int  # in the caller's seeds
+    env: object
+    ids: list[int]
+    luck: np.ndarray  # one number in [0, 1) per position
+    labels: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    turns: int = 0
+    reward: float = 0.0
+    done: bool = False
+    success: bool = False
+
+    def force(self, ids: list[int]) -> None:
+        """Append tokens that the model did not sample."""
+        self.ids += ids
+        self.labels += [Segment.OTHER] * (len(self.ids) - len(self.labels))
+        self.logprobs += [0.0] * (len(self.ids) - len(self.logprobs))
+
+    def sample(self, token: int, logprob: float) -> None:
+        """Append a token that the model sampled; its label waits for the end of the turn."""
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.turn.append(token)
+
+    def end_turn(self, policy: Policy) -> None:
+        """Label the turn, let the environment play it, and force what the model sees next."""
+        pieces = [policy.token_bytes(token) for token in self.turn]
+        ended = self.turn[-1] == policy.end_of_turn
+        self.labels += segment_turn(pieces, policy.token_bytes(policy.end_of_turn))
+        step = self.env.step(b"".join(pieces[: len(pieces) - ended]).decode(errors="replace"))
+        self.turn, self.turns, self.reward = [], self.turns + 1, self.reward + step.reward
+        self.done, self.success = step.done, step.success
+        if not step.done:
+            # A turn that was cut, or that ended in another control token, is closed for the model: what it wrote cannot pose
+            # as a tool's response or as another role.
+            self.force([policy.end_of_turn] * (not ended) + policy.result(step.observation))
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    env_factory: Callable[[], object],
+    seeds: Sequence[int],
+    temperature: float = 1.0,
+    *,
+    max_turn_tokens: int = 160,
+    max_tokens: int = 4096,
+    sampling_seed: int = 0,
+) -> Rollouts:
+    """Play one episode per seed, all in one batch. A seed that is given G times makes a GRPO group of G.
+
+    A turn ends at the end-of-turn token, at any other control token, or after `max_turn_tokens`; an episode that reaches
+    `max_tokens` positions ends there as it stands. The random numbers of an episode depend on sampling_seed, its seed and how
+    many equal seeds came before it, so neither the batch's size nor its order changes what is played (beyond rounding).
+    Raises ValueError for an empty list of seeds, a temperature that is not positive, or a prompt over max_tokens.
+    """
+    if not len(seeds) or not temperature > 0:
+        raise ValueError(f"{len(seeds)} seeds at temperature {temperature}: both must be positive")
+    rows = start_rows(policy, env_factory, seeds, sampling_seed, max_tokens)
+    finished: list[Row] = []
+    cache = Cache(layers=[PreallocatedLayer() for _ in range(policy.model.config.num_hidden_layers)])
+    position, hidden = prefill(policy, rows, cache)
+    while True:
+        # `hidden` predicts the token at `position`: a row that does not know that token yet samples it.
+        tokens, logprobs = sample(hidden, policy.head, temperature, [row.luck[position] for row in rows])
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if not row.done and len(row.ids) == position:
+                row.sample(token, logprob)
+                if policy.is_control(token) or len(row.turn) == max_turn_tokens:
+                    row.end_turn(policy)
+        position += 1
+        playing = [i for i, row in enumerate(rows) if not row.done]
+        if not playing or position == max_tokens:
+            return collate(policy, sorted(finished + rows, key=lambda row: row.index), position)
+        if len(playing) < 0.9 * len(rows):  # finished rows leave the batch, several at a time since the cache is copied
+            finished += [row for row in rows if row.done]
+            rows = [rows[i] for i in playing]
+            cache.batch_select_indices(torch.tensor(playing, device=policy.device))
+        fed = [row.ids[position - 1] if position <= len(row.ids) else 0 for row in rows]
+        hidden = policy.hidden(torch.tensor(fed, device=policy.device)[:, None], cache)[:, -1]  # (rows, H)
+
+
+def start_rows(policy: Policy, env_factory: Callable, seeds: Sequence[int], sampling_seed: int, max_tokens: int) -> list[Row]:
+    """A row per seed, with its prompt as the first tokens."""
+    rows, seen = [], Counter()
+    for index, seed in enumerate(seeds):
+        env = env_factory()
+        prompt = policy.prompt(env.system, env.tools, env.reset(seed))
+        if len(prompt) >= max_tokens:
+            raise ValueError(f"the prompt of seed {seed} has {len(prompt)} tokens: max_tokens is {max_tokens}, raise it")
+        luck = np.random.default_rng([sampling_seed, seed, seen[seed]]).random(max_tokens, dtype=np.float32)
+        seen[seed] += 1
+        row = Row(index, env, [], luck)
+        row.force(prompt)
+        rows.append(row)
+    return rows
+
+
+def prefill(policy: Policy, rows: list[Row], cache: Cache) -> tuple[int, Tensor]:
+    """Feed what all prompts have in length at once, each distinct beginning only once; the rest is forced token by token.
+
+    Returns the position that comes next and the hidden states (rows, H) that predict it.
+    """
+    shortest = min(len(row.ids) for row in rows)
+    beginnings = {tuple(row.ids[:shortest]): None for row in rows}
+    order = {ids: i for i, ids in enumerate(beginnings)}
+    hidden = policy.hidden(torch.tensor(list(beginnings), device=policy.device), cache)[:, -1]  # (distinct, H)
+    spread = torch.tensor([order[tuple(row.ids[:shortest])] for row in rows], device=policy.device)
+    cache.batch_select_indices(spread)
+    return shortest, hidden[spread]
+
+
+def sample(hidden: Tensor, head: Tensor, temperature: float, luck: list[float]) -> tuple[list[int], list[float]]:
+    """A token id and its log-prob per row, by inverting the cumulative distribution at the row's random number."""
+    logprobs = (hidden.float() @ head.T / temperature).log_softmax(-1)  # (rows, V)
+    cumulative = logprobs.exp().cumsum(-1)
+    points = torch.tensor(np.array(luck), device=hidden.device)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=logprobs.shape[1] - 1)  # (rows, 1)
+    return tokens.squeeze(1).tolist(), logprobs.gather(1, tokens).squeeze(1).tolist()
+
+
+def collate(policy: Policy, rows: list[Row], stop: int) -> Rollouts:
+    """Pad the rows into tensors on the policy's device. An unfinished row is cut at position `stop`, its last turn labelled as is."""
+    end = policy.token_bytes(policy.end_of_turn)
+    for row in rows:
+        row.labels += segment_turn([policy.token_bytes(token) for token in row.turn], end)
+        row.ids, row.labels, row.logprobs = row.ids[:stop], row.labels[:stop], row.logprobs[:stop]
+
+    def padded(name: str, dtype: torch.dtype) -> Tensor:  # (B, T)
+        return pad_sequence([torch.tensor(getattr(row, name), dtype=dtype) for row in rows], batch_first=True).to(policy.device)
+
+    def column(values: list, dtype: torch.dtype) -> Tensor:  # (B,)
+        return torch.tensor(values, dtype=dtype, device=policy.device)
+
+    return Rollouts(
+        ids=padded("ids", torch.int64),
+        labels=padded("labels", torch.int64),
+        old_logprob=padded("logprobs", torch.float32),
+        rewards=column([row.reward for row in rows], torch.float32),
+        success=column([row.success for row in rows], torch.bool),
+        lengths=column([len(row.ids) for row in rows], torch.int64),
+        turns=column([row.turns for row in rows], torch.int64),
+    )
