@@ -109,7 +109,7 @@ class _TokenStats(torch.autograd.Function):
             grad_z = grad_z.to(hidden.dtype)
             grad_hidden[rows] = _matmul(grad_z, weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += _matmul(grad_z.T, hidden[rows])
+                _add_matmul(grad_weight, grad_z.T, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
@@ -118,6 +118,14 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)  # tensor cores, no rounding of the result
     return a.float() @ b.float()
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32, where possible without another tensor of total's size."""
+    if a.is_cuda and a.dtype != torch.float32:
+        total += _matmul(a, b)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 def _chunks(n: int, size: int) -> list[slice]:

@@ -197,12 +197,12 @@ def serve_with_transformers(tokenizer: transformers.PreTrainedTokenizerBase) -> 
 class WarmStart:
     """What shapes the built-in model, besides the sources of this file and of envs.py."""
 
-    skill: float = 0.5  # how often a demonstrated move is a best one
+    skill: float = 0.65  # how often a demonstrated move is a best one
     episodes: int = 5000  # demonstrated; steps draw from these and from their turns
     window: int = 2  # turns
     window_batch: int = 8
-    window_steps: int = 1000
-    episode_steps: int = 250  # steps of batch whole episodes
+    window_steps: int = 800
+    episode_steps: int = 400  # steps of batch whole episodes
     batch: int = 4
     lr: float = 3e-3
     hidden: int = 96

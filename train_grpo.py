@@ -40,8 +40,9 @@ from segment import Segment
 EVAL_SEEDS = 2_000_000_000  # and on: maps that neither training (below 1e9) nor the warm start (from 1e9) draws
 
 
-def option(default, text: str):
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default, text: str, low: float = -math.inf, high: float = math.inf):
+    """A field of the config, which is a flag of the command line; numbers outside [low, high] are refused."""
+    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
 @dataclass
@@ -50,25 +51,25 @@ class Config:
 
     env: str = option("frozenlake", "environment to play")
     model: str = option("", "checkpoint folder or hub id of a causal LM; the built-in model if not given")
-    iterations: int = option(20, "rounds of playing and updating")
-    prompts: int = option(16, "prompts an iteration")
-    group_size: int = option(8, "rollouts of each prompt")
-    minibatch: int = option(64, "rollouts an optimizer step")
-    micro_tokens: int = option(8192, "tokens a forward pass, padding included; lower it if memory runs out")
-    lr: float = option(0.0, "Adam's learning rate; 0 means 3e-4 for the built-in model, 1e-6 for any other")
-    temperature: float = option(1.0, "sampling temperature of training rollouts")
-    clip_low: float = option(0.2, "the ratio is clipped at 1 - this")
-    clip_high: float = option(0.28, "the ratio is clipped at 1 + this")
-    entropy_coef: float = option(0.001, "entropy bonus")
-    kl_coef: float = option(0.0, "penalty on the KL divergence from the reference; 0 turns it off")
-    keep_groups: float = option(1.0, "share of groups to train on, those with the highest reward variance")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    max_turn_tokens: int = option(160, "a turn is cut after this many tokens")
-    max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included")
-    eval_every: int = option(5, "iterations between evaluations")
-    eval_episodes: int = option(128, "episodes an evaluation, the same ones each time")
-    eval_temperature: float = option(0.5, "sampling temperature of evaluations")
-    seed: int = option(0, "of the prompts and of sampling")
+    iterations: int = option(20, "rounds of playing and updating", 1)
+    prompts: int = option(16, "prompts an iteration", 1)
+    group_size: int = option(8, "rollouts of each prompt", 1)
+    minibatch: int = option(64, "rollouts an optimizer step", 1)
+    micro_tokens: int = option(8192, "tokens a forward pass, padding included; lower it if memory runs out", 1)
+    lr: float = option(0.0, "Adam's learning rate; 0 means 3e-4 for the built-in model, 1e-6 for any other", 0)
+    temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
+    clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
+    clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
+    entropy_coef: float = option(0.001, "entropy bonus", 0)
+    kl_coef: float = option(0.0, "penalty on the KL divergence from the reference; 0 turns it off", 0)
+    keep_groups: float = option(1.0, "share of groups to train on, those with the highest reward variance", 0.01, 1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", 1e-6)
+    max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
+    max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
+    eval_every: int = option(5, "iterations between evaluations", 1)
+    eval_episodes: int = option(128, "episodes an evaluation, the same ones each time", 1)
+    eval_temperature: float = option(0.5, "sampling temperature of evaluations", 0.01)
+    seed: int = option(0, "of the prompts and of sampling", 0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     out: str = option("", "folder for results; runs/<time>-<env>-seed<seed> if not given")
     save: bool = option(False, "also save the trained policies as checkpoint folders")
@@ -324,20 +325,11 @@ def parse(kind: type[Config], description: str, argv: list[str] | None = None) -
 
 def check(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    ranges = {
-        "iterations prompts group_size minibatch micro_tokens max_turn_tokens max_tokens eval_every eval_episodes": (1, math.inf),
-        "lr kl_coef entropy_coef seed clip_high beta": (0, math.inf),
-        "clip_low alpha": (0, 1),
-        "temperature eval_temperature max_grad_norm keep_groups": (1e-6, math.inf),
-    }
-    for names, (low, high) in ranges.items():
-        for name in names.split():
-            value = getattr(config, name, low)  # alpha and beta belong to one arm
-            if not low <= value <= high or not math.isfinite(value):
-                bound = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}")
-    if config.keep_groups > 1:
-        raise ValueError(f"--keep-groups is {config.keep_groups}: it is a share, at most 1")
+    for field in dataclasses.fields(config):
+        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            bound = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            raise ValueError(f"--{field.name.replace('_', '-')} is {value}: it must be {bound}")
     make_env(config.env)
     try:
         torch.zeros(1, device=config.device)

@@ -1,0 +1,119 @@
+"""segment.py: every rule of "which token is what", straddling tokens, and a byte-by-byte reference on random turns."""
+
+import random
+
+import pytest
+
+from segment import Segment, segment_turn
+
+F, R, A = Segment.FORMAT, Segment.REASONING, Segment.ACTION
+END = b"<|im_end|>"
+
+CASES = {
+    "a whole turn": (
+        [b"<think>", b"a", b"</think>", b"\n", b"<tool_call>", b"{}", b"</tool_call>", END],
+        [F, R, F, F, F, A, F, F],
+    ),
+    "tags cut into pieces": (
+        [b"<", b"think", b">", b"a", b"</", b"think", b">", b"<tool", b"_call>", b"{", b"}", b"</tool_", b"call", b">"],
+        [F, F, F, R, F, F, F, F, F, A, A, F, F, F],
+    ),
+    "a token straddles the end of a thought": ([b"<think>", b"ok", b".</", b"think>"], [F, R, R, F]),
+    "a token straddles the end of a call": ([b"<tool_call>", b'{"a": "b', b'"}}</', b"tool_call>", END], [F, A, A, F, F]),
+    "one token holds thought, tags and call": ([b"<think>a</think><tool_call>{", b"}</tool_call>x"], [A, A]),
+    "a token straddles the start of a thought": ([b"<think>a", b"</think>"], [R, F]),
+    "a thought ends at a call": ([b"<think>", b"a", b"<tool_call>", b"{}", b"</tool_call>"], [F, R, F, A, F]),
+    "an open thought runs to the end": ([b"<think>", b"a", b" b"], [F, R, R]),
+    "an open thought stops before the end-of-turn token": ([b"<think>", b"a", END], [F, R, F]),
+    "an open call runs to the end": ([b"<tool_call>", b"{", b"}"], [F, A, A]),
+    "an open call stops before the end-of-turn token": ([b"<tool_call>", b"{", END], [F, A, F]),
+    "two thoughts": ([b"<think>", b"a", b"</think>", b" ", b"<think>", b"b", b"</think>"], [F, R, F, F, F, R, F]),
+    "a thought tag in a thought is text": ([b"<think>", b"a", b"<think>", b"b", b"</think>", b"c"], [F, R, R, R, F, F]),
+    "a closing call tag in a thought is text": ([b"<think>", b"</tool_call>", b"a", b"</think>"], [F, R, R, F]),
+    "tags in a call are its text": (
+        [b"<tool_call>", b"<think>", b"x", b"</think>", b"<tool_call>", b"</tool_call>", b"y"],
+        [F, A, A, A, A, F, F],
+    ),
+    "everything after the first call is format": (
+        [b"<tool_call>", b"1", b"</tool_call>", b"<tool_call>", b"2", b"</tool_call>", b"<think>", b"3"],
+        [F, A, F, F, F, F, F, F],
+    ),
+    "stray text and stray closing tags": ([b"hi ", b"</think>", b"</tool_call>", b" there"], [F, F, F, F]),
+    "almost a tag": ([b"<think", b"a", b"<thinks>", b"< think>", b"<THINK>"], [F, F, F, F, F]),
+    "a false start before a tag": ([b"<<think>", b"a"], [F, R]),
+    "white space in a span counts as the span": ([b"<think>", b"\n", b"a", b"\n", b"</think>"], [F, R, R, R, F]),
+    "fractions of a character": ([b"<think>", b"\xe2\x82", b"\xac", b"</think>", b"\xe2"], [F, R, R, F, F]),
+    "tokens without bytes": ([b"<think>", b"", b"a", b"", b"<tool_call>", b"", b"{"], [F, F, R, F, F, F, A]),
+    "the end-of-turn text in mid-turn is text": ([b"<think>", END, b"a", END], [F, R, R, F]),
+    "nothing": ([], []),
+    "one token": ([END], [F]),
+    "one stray token": ([b"x"], [F]),
+}
+
+
+@pytest.mark.parametrize("tokens, labels", CASES.values(), ids=CASES.keys())
+def test_rule(tokens, labels):
+    assert segment_turn(tokens) == labels
+    assert segment_turn(tuple(tokens)) == labels
+
+
+def test_other_end_of_turn():
+    assert segment_turn([b"<think>", b"a", b"<eot>"], end_of_turn=b"<eot>") == [F, R, F]
+    assert segment_turn([b"<think>", b"a", b"<eot>"]) == [F, R, R]
+
+
+def reference(text: bytes) -> list[int]:
+    """The rules once more, one byte at a time, as a slow state machine."""
+    labels, state, i = [], "outside", 0
+    moves = {
+        "outside": {b"<think>": "thought", b"<tool_call>": "call"},
+        "thought": {b"</think>": "outside", b"<tool_call>": "call"},
+        "call": {b"</tool_call>": "after"},
+        "after": {},
+    }
+    label = {"outside": F, "thought": R, "call": A, "after": F}
+    while i < len(text):
+        tag = next((tag for tag in moves[state] if text.startswith(tag, i)), None)
+        if tag:
+            labels += [F] * len(tag)
+            state, i = moves[state][tag], i + len(tag)
+        else:
+            labels.append(label[state])
+            i += 1
+    return labels
+
+
+def random_turn(rng: random.Random) -> list[bytes]:
+    pieces = [b"<think>", b"</think>", b"<tool_call>", b"</tool_call>", b"<", b">", b"/", b"ab ", b"{", b"\xff", b"\xe2\x82\xac"]
+    text = b"".join(rng.choices(pieces, k=rng.randrange(12)))
+    cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(9)))  # equal cuts make empty tokens
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def test_random_turns_match_the_reference():
+    rng = random.Random(0)
+    for _ in range(3000):
+        tokens = random_turn(rng)
+        by_byte, start = reference(b"".join(tokens)), 0
+        for token, label in zip(tokens, segment_turn(tokens), strict=True):
+            assert label == max(by_byte[start : start + len(token)], default=F), tokens
+            start += len(token)
+
+
+def test_labels_never_depend_on_later_bytes_except_inside_a_tag():
+    rng = random.Random(1)
+    for _ in range(1000):
+        text = b"".join(random_turn(rng))
+        whole = segment_turn([bytes([byte]) for byte in text])
+        for stop in range(len(text)):
+            cut = segment_turn([bytes([byte]) for byte in text[:stop]])
+            pending = text[:stop].rfind(b"<") if b"<" in text[:stop] else stop  # the bytes of a tag may be unfinished
+            assert cut[:pending] == whole[:pending]
+
+
+def test_any_bytes():
+    rng = random.Random(2)
+    for _ in range(500):
+        tokens = [rng.randbytes(rng.randrange(6)) for _ in range(rng.randrange(20))]
+        labels = segment_turn(tokens)
+        assert len(labels) == len(tokens) and all(isinstance(label, Segment) for label in labels)
