@@ -10,6 +10,8 @@ are reasoning and which action. Formulas: arXiv 2605.14558; what the paper leave
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,17 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     std = (spread.square().sum(dim=1, keepdim=True) / max(group_size - 1, 1)).sqrt()
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)  # rounding leaves a spread of 1e-8, which 1e-6 would blow up
     return torch.where(equal, 0.0, spread / (std + EPS)).flatten()  # (B,)
+
+
+def most_varied_groups(rewards: Tensor, group_size: int, share: float) -> Tensor:
+    """Indices of the rollouts in that share of the groups whose rewards vary most, in order: the paper's reward-variance filter.
+
+    >>> most_varied_groups(torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 4.0]), 2, share=0.5)
+    tensor([2, 3, 6, 7])
+    """
+    groups = torch.arange(len(rewards), device=rewards.device).view(-1, group_size)  # (P, G)
+    order = rewards[groups].var(dim=1, correction=0).argsort(descending=True, stable=True)
+    return groups[order[: math.ceil(share * len(groups))].sort().values].flatten()
 
 
 def actfocus_weights(

@@ -3,16 +3,17 @@
     policy = load_policy(env="frozenlake")                       # the built-in model, warm-started on first use
     policy = load_policy("Qwen/Qwen2.5-0.5B-Instruct")           # or any causal LM with a chat template that takes tools
 
-The built-in model is a Qwen2 of 0.3M parameters with a byte-level BPE of its own, kept as an ordinary Hugging Face checkpoint
-folder. Random weights cannot play, so a *warm start* (supervised training on scripted turns of mediocre skill) first teaches
-it to read the board, to reason in true sentences and to call the tool. The choice of good moves is left to RL.
+The built-in model is a Qwen2 of 0.25M parameters with a byte-level BPE of its own. Random weights cannot play, so a *warm
+start* (supervised training on scripted turns of mediocre skill) first teaches it to read the board, to reason in true
+sentences and to call the tool. The choice of good moves is left to RL.
 
-Downstream everything works on token ids. Text is encoded once and piece by piece: the chat template's own text with its
-control tokens, any other text without, so that no text can ever turn into a control token.
+Text is encoded once and piece by piece: the chat template's own text with its control tokens, any other text without, so that
+no text can ever turn into a control token. Everything downstream works on token ids.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -29,14 +30,14 @@ import tiktoken
 import tokenizers
 import torch
 import transformers
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from envs import make_env
-
-MARKS = ["@SYSTEM@", "@OBSERVATION@", "@TURN@", "@RESULT@"]  # stand for content while the chat template is rendered
 
 
 # ---------------------------------------------------------------------------------------------------------- the interface
@@ -47,23 +48,28 @@ class Policy:
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     encode: Callable[[str], list[int]]  # text -> ids, never a control token
-    encode_framing: Callable[[str], list[int]]  # the chat template's own text -> ids, control tokens included
-    bytes_of: list[bytes]  # by token id; b"" for control tokens
+    encode_framing: Callable[[str], list[int]]  # the chat template's own text -> ids, with control tokens
+    bytes_of: list[bytes]  # by token id; b"" for control tokens and for ids of no token
     end_of_turn: int = field(init=False)
     _openings: dict = field(init=False, default_factory=dict)
 
     def __post_init__(self):
-        roles = ["system", "user", "assistant", "tool"]
-        shown = self._render([{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)], None)
-        pieces = shown.partition(MARKS[2])[2].split(MARKS[3])  # what stands between a turn and its result, and after that
-        if len(pieces) != 2:
-            raise ValueError("the chat template loses assistant or tool messages: choose a checkpoint whose template takes tools")
-        self.end_of_turn, *self._before_result = self.encode_framing(pieces[0])
-        self._after_result = self.encode_framing(pieces[1])
-        end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
-        if self.bytes_of[self.end_of_turn] or self.end_of_turn in self.encode(end):
+        self.bytes_of += [b""] * (len(self.head) - len(self.bytes_of))  # checkpoints pad their vocabulary with ids of no token
+        closing, after = self._framing(["system", "user", "assistant", "tool"])[3:]
+        self.end_of_turn, *self._before_result = self.encode_framing(closing)
+        self._after_result, end = self.encode_framing(after), self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+        if self.bytes_of[self.end_of_turn]:
             raise ValueError(f"the chat template ends a turn with {end!r}, which is no control token: choose a chat checkpoint")
         self.bytes_of[self.end_of_turn] = end.encode()
+
+    def _framing(self, roles: list[str], tools: list[dict] | None = None) -> list[str]:
+        """The template's own text before, between and after one message per role, the last followed by an assistant's turn."""
+        messages = [{"role": role, "content": f"@{role}@"} for role in roles]
+        shown = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        pieces = re.split("|".join(message["content"] for message in messages), shown)
+        if len(pieces) != len(roles) + 1:
+            raise ValueError(f"the chat template loses one of the messages {', '.join(roles)}: choose one that takes tools")
+        return pieces
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for: b"" for control tokens, but for the end-of-turn token its name."""
@@ -76,14 +82,9 @@ class Policy:
     def prompt(self, system: str, tools: list[dict], observation: str) -> list[int]:
         """The ids of an episode up to its first assistant turn."""
         key = json.dumps([system, tools])
-        if key not in self._openings:
-            shown = self._render([{"role": "system", "content": MARKS[0]}, {"role": "user", "content": MARKS[1]}], tools)
-            before, found, rest = shown.partition(MARKS[0])
-            between, found_too, after = rest.partition(MARKS[1])
-            if not (found and found_too):
-                raise ValueError("the chat template loses the system or user message: choose a checkpoint with both roles")
-            opening = self.encode_framing(before) + self.encode(system) + self.encode_framing(between)
-            self._openings[key] = opening, self.encode_framing(after)
+        if key not in self._openings:  # rendering a template is slow, and episodes share it
+            before, between, after = map(self.encode_framing, self._framing(["system", "user"], tools))
+            self._openings[key] = before + self.encode(system) + between, after
         opening, closing = self._openings[key]
         return opening + self.encode(observation) + closing
 
@@ -91,25 +92,21 @@ class Policy:
         """The ids from just after an end-of-turn token, through a tool's response, up to the next assistant turn."""
         return self._before_result + self.encode(observation) + self._after_result
 
-    def _render(self, messages: list[dict], tools: list[dict] | None) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     @property
-    def head(self) -> torch.Tensor:
+    def head(self) -> Tensor:
         """The output embedding (V, H): hidden @ head.T are the logits."""
         return self.model.get_output_embeddings().weight
 
-    def hidden(self, ids: torch.Tensor, cache: transformers.Cache | None = None) -> torch.Tensor:
+    def hidden(self, ids: Tensor, cache: transformers.Cache | None = None) -> Tensor:
         """Final hidden states (B, T, H) of ids (B, T). Rows are right-padded or not at all, so causality is the only mask."""
         with self.autocast():
             return self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-    def autocast(self) -> torch.autocast:
-        """bfloat16 on CUDA, plain float32 elsewhere; the weights themselves stay float32."""
+    def autocast(self) -> torch.autocast:  # bfloat16 on CUDA, float32 elsewhere; the weights themselves stay float32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def frozen_copy(self) -> Policy:
@@ -125,69 +122,48 @@ class Policy:
 
 
 def load_policy(model: str | None = None, env: str = "frozenlake", device: str = "cpu", **warm_start) -> Policy:
-    """The built-in policy for an environment (`model=None`), or a checkpoint from a path or the hub, in float32.
-
-    `warm_start` overrides fields of `WarmStart`. Raises ValueError for a checkpoint that cannot be used here.
+    """The built-in policy for an environment (no `model`; `warm_start` overrides fields of `WarmStart`), or a checkpoint from a
+    path or the hub. float32. Raises ValueError for a checkpoint that cannot be used here.
     """
     folder = model or built_in_checkpoint(env, device, WarmStart(**warm_start))
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{folder} has no chat template: choose an instruct checkpoint")
-    policy = Policy(network.eval(), tokenizer, *(serve_with_transformers(tokenizer) if model else serve_with_tiktoken(tokenizer)))
-    check_head(policy)
+    # NOTE: not AutoTokenizer: for a Qwen2 it puts Qwen2's own splitting rule in the place of the one in tokenizer.json.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    policy = Policy(network.eval(), tokenizer, *serve(tokenizer, with_tiktoken=not model))
+    with torch.no_grad():
+        ids = torch.arange(8, device=device)[None]
+        same = torch.allclose(policy.hidden(ids).float() @ policy.head.T, network(ids).logits, atol=1e-3 if device == "cpu" else 0.5)
+    if not same:
+        raise ValueError(f"{folder} changes its logits after the head (a bias, a scale, a cap): such models are not supported")
     return policy
 
 
-def check_head(policy: Policy) -> None:
-    """Raise ValueError if the model does more to its logits than `hidden @ head.T` (a bias, a scale, a soft cap)."""
-    ids = torch.arange(8, device=policy.model.device)[None]
-    with torch.no_grad():
-        if not torch.allclose(policy.hidden(ids) @ policy.head.T, policy.model(ids).logits, atol=1e-3):
-            raise ValueError(f"{policy.model.name_or_path} changes its logits after the head: such models are not supported")
+# ---------------------------------------------------------------------------------------------------------------- the text
+def bytes_by_id(tokenizer: transformers.PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of every token of a byte-level or SentencePiece-like tokenizer; b"" for control tokens and ids of no token."""
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}  # GPT-2's way to write bytes as characters
+    byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    table = [b""] * (1 + max(vocabulary.values()))
+    for token, i in vocabulary.items():
+        if i in added:
+            table[i] = b"" if added[i].special else token.encode()
+        elif byte_level:
+            table[i] = bytes(byte_of[character] for character in token)
+        else:
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+            table[i] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+    return table
 
 
-# --------------------------------------------------------------------------------------------------- two ways to serve text
-def byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes every byte as one printable character (GPT-2's table): that character -> the byte.
-
-    >>> table = byte_alphabet()
-    >>> len(table), table["A"], table["Ġ"], table["Ċ"]
-    (256, 65, 32, 10)
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def serve_with_tiktoken(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Callable, Callable, list[bytes]]:
-    """encode, encode_framing and bytes_of for the built-in tokenizer."""
-    table, special = byte_alphabet(), {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
-    ranks = {bytes(table[c] for c in token): i for token, i in tokenizer.get_vocab().items() if token not in special}
-    encoding = tiktoken.Encoding("actfocus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    bytes_of = [b""] * len(tokenizer)
-    for token, i in ranks.items():
-        bytes_of[i] = token
-    return encoding.encode_ordinary, partial(encoding.encode, allowed_special="all"), bytes_of
-
-
-def serve_with_transformers(tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Callable, Callable, list[bytes]]:
-    """encode, encode_framing and bytes_of for any fast tokenizer, byte-level or SentencePiece-like."""
-    table = byte_alphabet()
-    byte_level = "ByteLevel" in tokenizer.backend_tokenizer.to_str().split('"decoder"')[-1].split('"model"')[0]
-
-    def to_bytes(token: str) -> bytes:
-        if byte_level:
-            return b"".join(bytes([table[c]]) if c in table else c.encode() for c in token)
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        return token.replace("▁", " ").encode()
-
-    bytes_of = [b""] * max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
-    for token, i in tokenizer.get_vocab().items():
-        bytes_of[i] = to_bytes(token)
-    for i, added in tokenizer.added_tokens_decoder.items():
-        bytes_of[i] = b"" if added.special else str(added).encode()
+def serve(tokenizer: transformers.PreTrainedTokenizerFast, with_tiktoken: bool) -> tuple[Callable, Callable, list[bytes]]:
+    """(encode, encode_framing, bytes_of): tiktoken serves the built-in tokenizer, transformers any other."""
+    bytes_of = bytes_by_id(tokenizer)
+    if with_tiktoken:
+        special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+        ranks = {token: i for i, token in enumerate(bytes_of) if token}
+        encoding = tiktoken.Encoding("actfocus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        return encoding.encode_ordinary, partial(encoding.encode, allowed_special="all"), bytes_of
     plain = partial(tokenizer.encode, add_special_tokens=False)
     return partial(plain, split_special_tokens=True), plain, bytes_of
 
@@ -198,18 +174,15 @@ class WarmStart:
     """What shapes the built-in model, besides the sources of this file and of envs.py."""
 
     skill: float = 0.65  # how often a demonstrated move is a best one
-    episodes: int = 5000  # demonstrated; steps draw from these and from their turns
-    window: int = 2  # turns
-    window_batch: int = 8
+    episodes: int = 5000  # demonstrated; the steps draw from these
+    window: int = 2  # turns in a window: short and cheap, they come first
     window_steps: int = 800
-    episode_steps: int = 400  # steps of batch whole episodes
-    batch: int = 4
+    window_batch: int = 8
+    episode_steps: int = 400  # then whole episodes
+    episode_batch: int = 4
     lr: float = 3e-3
     hidden: int = 96
-    intermediate: int = 256
     layers: int = 2
-    heads: int = 3
-    init: float = 0.1  # of the weights: Qwen's 0.02 is for wide models, and learns slowly in a narrow one
     vocabulary: int = 600
     seed: int = 0
 
@@ -219,28 +192,18 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's splitting rule, but that a digit takes its space along and a tag with its line end is one piece (one token, as in Qwen3).
 PATTERN = r"</?[a-z_]+>\n?| ?\b[a-z]\d\b|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Qwen2.5's template, without its explanation of what a tool call looks like.
-CHAT_TEMPLATE = r"""
-{%- for m in messages %}
-    {%- if m.role == 'tool' %}
-        {{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + m.role + '\n' + m.content }}
-        {%- if m.role == 'system' and tools %}
-            {{- '\n<tools>' }}
-            {%- for tool in tools %}{{- '\n' + tool | tojson }}{%- endfor %}
-            {{- '\n</tools>' }}
-        {%- endif %}
-        {{- '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'system' and tools %}{{ '\n<tools>' }}"
+    "{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{{ '\n</tools>' }}{% endif %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def built_in_checkpoint(env: str, device: str, settings: WarmStart) -> Path:
-    """The folder of the built-in model, made on first use.
-
-    It is kept in $ACTFOCUS_CACHE (default ~/.cache/actfocus) under a name that hashes everything that shapes it. It is written
-    elsewhere and moved there whole, so a folder that exists is complete.
+    """The folder of the built-in model, made on first use in $ACTFOCUS_CACHE (default ~/.cache/actfocus). Its name hashes
+    everything that shapes it; it is written elsewhere and moved there whole, so that a folder that exists is complete.
     """
     sources = [Path(__file__).with_name(name).read_text() for name in ("envs.py", "policy.py")]
     versions = [package.__version__ for package in (torch, transformers, tokenizers)]
@@ -251,30 +214,26 @@ def built_in_checkpoint(env: str, device: str, settings: WarmStart) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="half-written-", dir=cache) as scratch:
             build(env, device, settings).save(Path(scratch) / "done")
-            try:
+            with contextlib.suppress(OSError):  # another process was faster: its folder is complete and equal
                 os.rename(Path(scratch) / "done", folder)
-            except OSError:  # another process was faster: its folder is complete and equal
-                if not folder.exists():
-                    raise
     return folder
 
 
 def build(env_name: str, device: str, settings: WarmStart) -> Policy:
     """Learn the tokenizer from demonstrations, make the model from a config, and warm-start it."""
     env, rng = make_env(env_name), random.Random(settings.seed)
-    seeds = range(WARM_START_SEEDS, WARM_START_SEEDS + settings.episodes)
-    episodes = [play_demonstration(env, seed, rng, settings.skill) for seed in seeds]
+    episodes = [play_demonstration(env, WARM_START_SEEDS + i, rng, settings.skill) for i in range(settings.episodes)]
     tokenizer = learn_tokenizer(env, episodes[:300], settings.vocabulary)
     config = transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=settings.hidden, intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=1,
-        max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=None,
-        initializer_range=settings.init, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=settings.hidden, intermediate_size=settings.hidden * 8 // 3,
+        num_hidden_layers=settings.layers, num_attention_heads=settings.hidden // 32, num_key_value_heads=1,
+        initializer_range=0.1,  # Qwen's 0.02 is for wide models, and learns slowly in a narrow one
+        max_position_embeddings=8192, tie_word_embeddings=True,
+        bos_token_id=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = transformers.Qwen2ForCausalLM(config).to(device)
-    policy = Policy(model, tokenizer, *serve_with_tiktoken(tokenizer))
+        policy = Policy(transformers.Qwen2ForCausalLM(config).to(device), tokenizer, *serve(tokenizer, with_tiktoken=True))
     warm_start(policy, env, episodes, settings)
     return policy
 
@@ -298,16 +257,15 @@ def learn_tokenizer(env, episodes: list, size: int) -> transformers.PreTrainedTo
     for seen, said in episodes:
         texts += [f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n" for shown, turn in zip(seen, said, strict=True)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    blank.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    blank.train_from_iterator(texts, trainer)
     pad, start, end = SPECIAL
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=blank, pad_token=pad, eos_token=end, extra_special_tokens=[start], chat_template=CHAT_TEMPLATE
     )
 
 
-def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple[Tensor, Tensor]:
     """ids (T,) of what the model is shown and replies to in turn, and a mask (T,) of the replies."""
     ids, mask = [], []
     for frame, reply in zip(frames, replies, strict=True):
@@ -317,7 +275,7 @@ def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple
 
 
 def warm_start(policy: Policy, env, episodes: list[tuple[list[str], list[str]]], settings: WarmStart) -> None:
-    """Supervised training on the assistant's tokens, in place: first on windows of a few turns, which are short and cheap, then on episodes."""
+    """Supervised training on the assistant's tokens, in place: first on windows of a few turns, then on whole episodes."""
     windows, wholes = [], []
     for seen, said in episodes:
         replies = [policy.encode(turn) + [policy.end_of_turn] for turn in said]
@@ -325,23 +283,18 @@ def warm_start(policy: Policy, env, episodes: list[tuple[list[str], list[str]]],
         cuts = range(0, len(replies), settings.window)
         windows += [imitation_target(results[i : i + settings.window], replies[i : i + settings.window]) for i in cuts]
         wholes.append(imitation_target([policy.prompt(env.system, env.tools, seen[0])] + results[1:], replies))
-    rng = random.Random(settings.seed)
+    rng, model = random.Random(settings.seed), policy.model.train()
     lessons = [rng.sample(windows, settings.window_batch) for _ in range(settings.window_steps)]
-    lessons += [rng.sample(wholes, settings.batch) for _ in range(settings.episode_steps)]
-
-    model = policy.model.train()
+    lessons += [rng.sample(wholes, settings.episode_batch) for _ in range(settings.episode_steps)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=len(lessons), pct_start=0.05)
-    progress = tqdm(lessons, desc="warm start (once)", unit="step", dynamic_ncols=True)
-    for lesson in progress:
+    for lesson in (progress := tqdm(lessons, desc="warm start (once)", unit="step", dynamic_ncols=True)):
         ids = pad_sequence([ids for ids, _ in lesson], batch_first=True).to(policy.device)  # (B, T)
         spoken = pad_sequence([mask for _, mask in lesson], batch_first=True).to(policy.device)[:, 1:]
         hidden = policy.hidden(ids)[:, :-1][spoken]  # (N, H): what predicts each assistant token
         loss = cross_entropy(hidden @ policy.head.T, ids[:, 1:][spoken])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()

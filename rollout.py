@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
+from energy import TokenStats, token_stats
 from policy import Policy
 from segment import Segment, segment_turn
 
@@ -44,6 +45,15 @@ class Rollouts:
     def take(self, rows: Tensor) -> Rollouts:
         """Some of the episodes."""
         return Rollouts(*(getattr(self, each.name)[rows] for each in fields(self)))
+
+    def micro_batches(self, rows: Tensor, micro_tokens: int) -> list[Tensor]:
+        """Split rows into batches of like length that hold at most micro_tokens with their padding (but always one row)."""
+        lengths, batches = self.lengths.tolist(), [[]]
+        for row in sorted(rows.tolist(), key=lengths.__getitem__):  # so that the newest row is the longest
+            if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > micro_tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return [torch.tensor(batch) for batch in batches]
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -213,3 +223,23 @@ def collate(policy: Policy, rows: list[Row], stop: int) -> Rollouts:
         lengths=column([len(row.ids) for row in rows], torch.int64),
         turns=column([row.turns for row in rows], torch.int64),
     )
+
+
+def score(policy: Policy, rollouts: Rollouts, rows: Tensor, temperature: float) -> TokenStats:
+    """Statistics of the rows' N response tokens under a policy, packed row by row into (N,); differentiable."""
+    stop = int(rollouts.lengths[rows].max())
+    ids, response = rollouts.ids[rows, :stop], rollouts.response[rows, 1:stop]  # (b, stop), (b, stop - 1)
+    with policy.autocast():
+        hidden = policy.hidden(ids[:, :-1])[response]  # (N, H): position t - 1 predicts the token at t
+        return token_stats(hidden, policy.head, ids[:, 1:][response], temperature=temperature)
+
+
+@torch.no_grad()
+def score_all(policy: Policy, rollouts: Rollouts, temperature: float, micro_tokens: int) -> TokenStats:
+    """Statistics of all response tokens, each (B, T); 0 at the others."""
+    laid_out = TokenStats(*torch.zeros(3, *rollouts.ids.shape, device=policy.device))
+    for rows in rollouts.micro_batches(torch.arange(len(rollouts.ids)), micro_tokens):
+        row, position = rollouts.response[rows].nonzero(as_tuple=True)  # (N,), (N,)
+        for full, packed in zip(laid_out, score(policy, rollouts, rows, temperature), strict=True):
+            full[rows.to(policy.device)[row], position] = packed
+    return laid_out

@@ -21,8 +21,8 @@ from train_grpo import GRPO, Arm, Config, option, parse, run
 
 @dataclass
 class ActFocusConfig(Config):
-    alpha: float = option(0.1, "weight of reasoning tokens; 1 with --beta 0 is GRPO")
-    beta: float = option(0.5, "how much more an action token weighs where the reference is unsure")
+    alpha: float = option(0.1, "weight of reasoning tokens; 1 with --beta 0 is GRPO", 0, 1)
+    beta: float = option(0.5, "how much more an action token weighs where the reference is unsure", 0)
     no_baseline: bool = option(False, "train ActFocus alone, without GRPO beside it")
 
 

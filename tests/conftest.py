@@ -7,7 +7,7 @@ import torch
 
 from policy import load_policy
 
-TINY = {"episodes": 80, "window_steps": 2, "episode_steps": 2, "hidden": 32, "intermediate": 64, "heads": 2, "vocabulary": 400}
+TINY = {"episodes": 80, "window_steps": 2, "episode_steps": 2, "hidden": 32, "vocabulary": 400}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
