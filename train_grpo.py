@@ -36,8 +36,7 @@ from segment import Segment
 EVAL_SEEDS = 2_000_000_000  # and on: maps that neither training (below 1e9) nor the warm start (from 1e9) draws
 
 
-def option(default, text: str, low: float = -math.inf, high: float = math.inf):
-    """A field of the config, which is a flag of the command line; numbers outside [low, high] are refused."""
+def option(default, text: str, low: float = -math.inf, high: float = math.inf):  # numbers outside [low, high] are refused
     return field(default=default, metadata={"help": text, "low": low, "high": high})
 
 
@@ -47,12 +46,12 @@ class Config:
 
     env: str = option("frozenlake", "environment to play")
     model: str = option("", "checkpoint folder or hub id of a causal LM; the built-in model if not given")
-    iterations: int = option(20, "rounds of playing and updating", 1)
+    iterations: int = option(16, "rounds of playing and updating", 1)
     prompts: int = option(16, "prompts an iteration", 1)
     group_size: int = option(8, "rollouts of each prompt", 1)
     minibatch: int = option(32, "rollouts an optimizer step", 1)
     micro_tokens: int = option(8192, "tokens a forward pass, padding included; lower it if memory runs out", 1)
-    lr: float = option(0.0, "Adam's learning rate; 0 means 6e-4 for the built-in model, 1e-6 for any other", 0)
+    lr: float = option(0.0, "Adam's learning rate; 0 means 3e-4 for the built-in model, 1e-6 for any other", 0)
     temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
     clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
@@ -62,7 +61,7 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", 1e-6)
     max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
     max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
-    eval_every: int = option(5, "iterations between evaluations", 1)
+    eval_every: int = option(4, "iterations between evaluations", 1)
     eval_episodes: int = option(128, "episodes an evaluation, the same ones each time", 1)
     eval_temperature: float = option(0.5, "sampling temperature of evaluations", 0.01)
     seed: int = option(0, "of the prompts and of sampling", 0)
@@ -109,7 +108,7 @@ def run(config: Config, arms: list[Arm]) -> Path:
 def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
     """Train one arm in place, logging to out/<arm>.csv. Row k of the log is about the policy after k iterations."""
     reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
-    optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr or (1e-6 if config.model else 6e-4))
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr or (1e-6 if config.model else 3e-4))
     rng = random.Random(config.seed)
     for iteration in (progress := tqdm(range(config.iterations + 1), desc=arm.name, unit="it", dynamic_ncols=True)):
         row, last = {"iteration": iteration}, iteration == config.iterations
