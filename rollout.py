@@ -65,7 +65,7 @@ class PreallocatedLayer(DynamicLayer):
             self.room = [states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)]
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
-        if stop > self.room[0].shape[2] or len(key_states) != len(self.room[0]):  # too short, or rows have left
+        if stop > self.room[0].shape[2] or self.keys.data_ptr() != self.room[0].data_ptr():  # too short, or rows were selected
             self.room = [states.new_empty(*states.shape[:2], 2 * stop, states.shape[3]) for states in (key_states, value_states)]
             for room, states in zip(self.room, (self.keys, self.values), strict=True):
                 if start:

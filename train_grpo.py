@@ -82,8 +82,9 @@ GRPO = Arm("grpo", lambda rollouts, reference: rollouts.response.float(), needs_
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
-def run(config: Config, arms: list[Arm]) -> Path:
-    """Train each arm from the same weights on the same prompts, and draw them together. Returns the folder of results."""
+def run(config: Config, arms: list[Arm]) -> None:
+    """Train each arm from the same weights on the same prompts, and draw them together."""
+    config.lr = config.lr or (1e-6 if config.model else 3e-4)
     try:
         policy = load_policy(config.model or None, config.env, config.device)  # 1. load, or warm-start on first use
     except (OSError, ValueError) as error:
@@ -102,13 +103,12 @@ def run(config: Config, arms: list[Arm]) -> Path:
     finally:  # also when interrupted: what has been done is drawn and stays
         draw(out)  # 9. draw
     print(summary(out))
-    return out
 
 
 def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
     """Train one arm in place, logging to out/<arm>.csv. Row k of the log is about the policy after k iterations."""
     reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
-    optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr or (1e-6 if config.model else 3e-4))
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
     rng = random.Random(config.seed)
     for iteration in (progress := tqdm(range(config.iterations + 1), desc=arm.name, unit="it", dynamic_ncols=True)):
         row, last = {"iteration": iteration}, iteration == config.iterations
@@ -161,9 +161,8 @@ def update(
     frozen: TokenStats | None, config: Config, rng: random.Random,
 ) -> dict[str, float]:  # fmt: skip
     """One pass over the rollouts in shuffled mini-batches. Returns means over tokens (grad_norm: over steps)."""
-    # In bfloat16 a cached decoding step and a full forward pass round differently, so there the old log-probs are taken again.
     old = rollouts.old_logprob
-    if policy.device.type == "cuda":
+    if policy.device.type == "cuda":  # in bfloat16 a cached decoding step rounds differently from a full forward pass
         old = score_all(policy, rollouts, config.temperature, config.micro_tokens).logprob
     clip, sums, norms = (config.clip_low, config.clip_high), torch.zeros(5, dtype=torch.float64), []
     for rows in torch.tensor(rng.sample(range(len(advantages)), len(advantages))).split(config.minibatch):
@@ -210,7 +209,7 @@ def token_shares(rollouts: Rollouts, weights: Tensor) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------------------------------- results
 PANELS = {  # column: title, label of the y axis
-    "eval_success": ("Evaluation", "success rate"),
+    "eval_success": ("Evaluation on fixed episodes", "success rate"),
     "train_success": ("Training rollouts", "success rate"),
     "train_reward": ("Training rollouts", "mean reward"),
     "entropy": ("Entropy", "nats per generated token"),
@@ -249,9 +248,10 @@ def draw(out: Path) -> None:
         for path in logs(out):
             arm, color = ARMS[path.stem]
             axes.plot(*column(path, name), "o-" if name == "eval_success" else "-", color=color, label=arm)
-            axes.legend(loc="lower right")
         axes.set(title=title, xlabel="training iterations", ylabel=label, ylim=(min(0, axes.get_ylim()[0]), None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(out / "curves.png", dpi=120)
 
 

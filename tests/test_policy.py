@@ -21,6 +21,42 @@ NASTY = [
 ]  # fmt: skip
 
 
+# Qwen2.5-Instruct's own template (Apache-2.0), with the branches for several system messages and native tool calls left out.
+QWEN25_TEMPLATE = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- endif %}
+    {{- "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n" }}
+{%- else %}
+    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<tool_response>\n' }}
+        {{- message.content }}
+        {{- '\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+
+
 def as_text(policy, ids):
     return b"".join(policy.token_bytes(token) for token in ids).decode(errors="replace")
 
@@ -32,7 +68,8 @@ def any_policy(request, tiny, tiny_folder, tmp_path_factory):
         return tiny
     if request.param == "its folder":
         return load_policy(str(tiny_folder))
-    return load_policy(str(foreign_checkpoint(tmp_path_factory.mktemp("foreign"), request.param)))
+    template = QWEN25_TEMPLATE if request.param == "byte-level" else CHAT_TEMPLATE
+    return load_policy(str(foreign_checkpoint(tmp_path_factory.mktemp("foreign"), request.param, template)))
 
 
 def foreign_checkpoint(folder, kind, template=CHAT_TEMPLATE, bias=False):

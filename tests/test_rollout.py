@@ -8,7 +8,7 @@ from conftest import DEVICES
 
 from envs import Step, make_env, tool_schema
 from policy import load_policy
-from rollout import rollout, sample
+from rollout import PreallocatedLayer, rollout, sample
 from segment import Segment, segment_turn
 
 
@@ -175,6 +175,19 @@ def test_episodes_are_cut_at_the_token_limit(policy):
         assert torch.equal(cut.response[row, :length], full.response[row, :length])
     with pytest.raises(ValueError, match="max_tokens is 20, raise it"):
         play(policy, [0], max_tokens=20)
+
+
+def test_the_cache_keeps_what_it_was_given_whatever_is_selected():
+    generator, layer = torch.Generator().manual_seed(0), PreallocatedLayer()
+    expected = torch.zeros(3, 2, 0, 4), torch.zeros(3, 2, 0, 4)
+    for step in range(40):
+        if step in (7, 20, 21):
+            rows = {7: torch.tensor([2, 0, 1]), 20: torch.tensor([0, 0, 1, 2]), 21: torch.tensor([3, 1])}[step]
+            layer.batch_select_indices(rows)
+            expected = tuple(states[rows] for states in expected)
+        new = [torch.randn(len(expected[0]), 2, 1 + 5 * (step == 0), 4, generator=generator) for _ in range(2)]
+        expected = tuple(torch.cat([states, more], dim=2) for states, more in zip(expected, new, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(layer.update(*new), expected, strict=True))
 
 
 def test_sampling_follows_the_distribution():
