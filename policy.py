@@ -122,8 +122,8 @@ class Policy:
 
 
 def load_policy(model: str | None = None, env: str = "frozenlake", device: str = "cpu", **warm_start) -> Policy:
-    """The built-in policy for an environment (no `model`; `warm_start` overrides fields of `WarmStart`), or a checkpoint from a
-    path or the hub. float32. Raises ValueError for a checkpoint that cannot be used here.
+    """The built-in policy for an environment (`warm_start` overrides fields of `WarmStart`), or a checkpoint from a path or the
+    hub, in float32. Raises ValueError for a checkpoint that cannot be used here.
     """
     folder = model or built_in_checkpoint(env, device, WarmStart(**warm_start))
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device)
@@ -132,9 +132,9 @@ def load_policy(model: str | None = None, env: str = "frozenlake", device: str =
     policy = Policy(network.eval(), tokenizer, *serve(tokenizer, with_tiktoken=not model))
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None]
-        same = torch.allclose(policy.hidden(ids).float() @ policy.head.T, network(ids).logits, atol=1e-3 if device == "cpu" else 0.5)
-    if not same:
-        raise ValueError(f"{folder} changes its logits after the head (a bias, a scale, a cap): such models are not supported")
+        logits = network.base_model(input_ids=ids).last_hidden_state @ policy.head.T
+        if not torch.allclose(logits, network(ids).logits, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{folder} changes its logits after the head (a bias, a scale, a cap): such models are not supported")
     return policy
 
 
@@ -149,7 +149,7 @@ def bytes_by_id(tokenizer: transformers.PreTrainedTokenizerFast) -> list[bytes]:
         if i in added:
             table[i] = b"" if added[i].special else token.encode()
         elif byte_level:
-            table[i] = bytes(byte_of[character] for character in token)
+            table[i] = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
         else:
             byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
             table[i] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()

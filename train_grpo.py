@@ -88,7 +88,7 @@ def run(config: Config, arms: list[Arm]) -> None:
     try:
         policy = load_policy(config.model or None, config.env, config.device)  # 1. load, or warm-start on first use
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--model {config.model} cannot be used: {error}") from None
+        raise SystemExit(f"the policy cannot be loaded: {error}") from None
     out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.env}-seed{config.seed}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
@@ -109,14 +109,13 @@ def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
     """Train one arm in place, logging to out/<arm>.csv. Row k of the log is about the policy after k iterations."""
     reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
-    rng = random.Random(config.seed)
+    rng, shown = random.Random(config.seed), {}
     for iteration in (progress := tqdm(range(config.iterations + 1), desc=arm.name, unit="it", dynamic_ncols=True)):
         row, last = {"iteration": iteration}, iteration == config.iterations
         # 2. evaluate: before training, every few iterations, and at the end
         if iteration % config.eval_every == 0 or last:
             rollouts = play(policy, config, range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes), config.eval_temperature, 0)
             row |= {"eval_success": mean(rollouts.success), "eval_reward": mean(rollouts.rewards)}
-            progress.set_postfix(eval_success=f"{row['eval_success']:.2f}")
             if iteration == 0 or last:
                 write_samples(out / "samples.txt", f"{arm.name} after {iteration} iterations", policy, rollouts)
         if not last:
@@ -138,6 +137,7 @@ def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
             row |= token_shares(rollouts, weights) | update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng)
             row |= {"seconds": time.perf_counter() - began, "seconds_play": played - began}
         log(out / f"{arm.name}.csv", row)  # 8. log
+        progress.set_postfix(shown := shown | {name: f"{row[name]:.2f}" for name in row if name.endswith("success")})
 
 
 def play(policy: Policy, config: Config, seeds: list[int], temperature: float, sampling_seed: int) -> Rollouts:
@@ -149,7 +149,7 @@ def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) ->
     """Append a few whole transcripts to a file, control tokens included."""
     with path.open("a", encoding="utf-8") as file:
         for ids, length, success in list(zip(rollouts.ids, rollouts.lengths, rollouts.success, strict=True))[:2]:
-            file.write(f"===== {title}: {'success' if success else 'failure'}\n{policy.tokenizer.decode(ids[:length])}\n\n")
+            file.write(f"===== {title}: {'success' if success else 'failure'}\n{policy.tokenizer.decode(ids[:length].tolist())}\n\n")
 
 
 def mean(values: Tensor) -> float:
