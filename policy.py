@@ -56,7 +56,7 @@ class Policy:
     def __post_init__(self):
         self.bytes_of += [b""] * (len(self.head) - len(self.bytes_of))  # checkpoints pad their vocabulary with ids of no token
         closing, after = self._framing(["system", "user", "assistant", "tool"])[3:]
-        self.end_of_turn, *self._before_result = self.encode_framing(closing)
+        self.end_of_turn, *self._before_result = self.encode_framing(closing or "?")
         self._after_result, end = self.encode_framing(after), self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
         if self.bytes_of[self.end_of_turn]:
             raise ValueError(f"the chat template ends a turn with {end!r}, which is no control token: choose a chat checkpoint")

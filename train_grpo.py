@@ -256,13 +256,13 @@ def draw(out: Path) -> None:
 
 
 def summary(out: Path) -> str:
-    """A table of the arms: evaluation success before, best and after, and the mean seconds of an iteration."""
-    lines = [f"{'':10}{'warm start':>12}{'best':>8}{'final':>8}{'gain':>8}{'s/iteration':>13}"]
+    """A table of the arms: evaluation success before, best and after; mean success of all training rollouts; time."""
+    lines = [f"{'':10}{'warm start':>12}{'best':>8}{'final':>8}{'gain':>8}{'training mean':>15}{'s/iteration':>13}"]
     for path in logs(out):
-        success, seconds = column(path, "eval_success")[1], column(path, "seconds")[1]
-        first, final, pace = success[0], success[-1], sum(seconds) / len(seconds)
-        lines.append(f"{path.stem:10}{first:>12.1%}{max(success):>8.1%}{final:>8.1%}{final - first:>+8.1%}{pace:>13.1f}")
-    return "\n".join([*lines, f"evaluation success on fixed episodes; curves: {out / 'curves.png'}"])
+        success, training, seconds = (column(path, name)[1] for name in ("eval_success", "train_success", "seconds"))
+        line = f"{path.stem:10}{success[0]:>12.1%}{max(success):>8.1%}{success[-1]:>8.1%}{success[-1] - success[0]:>+8.1%}"
+        lines.append(f"{line}{sum(training) / len(training):>15.1%}{sum(seconds) / len(seconds):>13.1f}")
+    return "\n".join([*lines, f"success on fixed evaluation episodes, and over training; curves: {out / 'curves.png'}"])
 
 
 # ----------------------------------------------------------------------------------------------------------- command line

@@ -179,6 +179,9 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(ValueError, match="no control token"):
         load_policy(str(foreign_checkpoint(tmp_path / "c", "byte-level", template=plain)))
+    with pytest.raises(ValueError, match="no control token"):
+        bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        load_policy(str(foreign_checkpoint(tmp_path / "e", "byte-level", template=bare)))
     with pytest.raises(ValueError, match="changes its logits after the head"):
         load_policy(str(foreign_checkpoint(tmp_path / "d", "byte-level", bias=True)))
 
