@@ -119,7 +119,7 @@ class FrozenLake:
 
     def __init__(self, size: int = 4, holes: int = 3, slip: float = 0.1, moves: int = 6):
         if not 2 <= size <= 9:
-            raise ValueError(f"size is {size}: choose 2 to 9 (rows and columns are named by one digit)")
+            raise ValueError(f"size is {size}: choose 2 to 9 (a row is named by one digit)")
         if not size - 1 <= moves:
             raise ValueError(f"moves is {moves}: a lake of size {size} wants at least {size - 1}")
         if not 0 <= slip <= 0.9:

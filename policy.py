@@ -4,8 +4,8 @@
     policy = load_policy("Qwen/Qwen2.5-0.5B-Instruct")           # or any causal LM with a chat template that takes tools
 
 The built-in model is a Qwen2 of 0.25M parameters with a byte-level BPE of its own. Random weights cannot play, so a *warm
-start* (supervised training on scripted turns of mediocre skill) first teaches it to read the board, to reason in true
-sentences and to call the tool. The choice of good moves is left to RL.
+start* (supervised training on scripted turns of mediocre skill) first teaches it to read the board, to state facts about it
+(mostly true ones: it is a small model) and to call the tool. The choice of good moves is left to RL.
 
 Text is encoded once and piece by piece: the chat template's own text with its control tokens, any other text without, so that
 no text can ever turn into a control token. Everything downstream works on token ids.
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import jinja2
 import tiktoken
 import tokenizers
 import torch
@@ -65,7 +66,10 @@ class Policy:
     def _framing(self, roles: list[str], tools: list[dict] | None = None) -> list[str]:
         """The template's own text before, between and after one message per role, the last followed by an assistant's turn."""
         messages = [{"role": role, "content": f"@{role}@"} for role in roles]
-        shown = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        try:
+            shown = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses one of the messages {', '.join(roles)}: {error}") from None
         pieces = re.split("|".join(message["content"] for message in messages), shown)
         if len(pieces) != len(roles) + 1:
             raise ValueError(f"the chat template loses one of the messages {', '.join(roles)}: choose one that takes tools")
@@ -115,18 +119,18 @@ class Policy:
         frozen.model = copy.deepcopy(self.model).requires_grad_(False)
         return frozen
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint that `load_policy(folder)` and any Hugging Face tool can load."""
+    def save(self, folder: Path) -> None:  # a checkpoint that `load_policy(folder)` and any Hugging Face tool can load
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
 def load_policy(model: str | None = None, env: str = "frozenlake", device: str = "cpu", **warm_start) -> Policy:
-    """The built-in policy for an environment (`warm_start` overrides fields of `WarmStart`), or a checkpoint from a path or the
-    hub, in float32. Raises ValueError for a checkpoint that cannot be used here.
-    """
+    """The built-in policy of an environment (`warm_start`: fields of `WarmStart`) or a checkpoint; ValueError if it is unusable."""
     folder = model or built_in_checkpoint(env, device, WarmStart(**warm_start))
-    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe).to(device)
+    if kinds := set(getattr(network.config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{folder} has layers without a key-value cache ({', '.join(kinds)}): such models are not supported")
     # NOTE: not AutoTokenizer: for a Qwen2 it puts Qwen2's own splitting rule in the place of the one in tokenizer.json.
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     policy = Policy(network.eval(), tokenizer, *serve(tokenizer, with_tiktoken=not model))
@@ -138,7 +142,6 @@ def load_policy(model: str | None = None, env: str = "frozenlake", device: str =
     return policy
 
 
-# ---------------------------------------------------------------------------------------------------------------- the text
 def bytes_by_id(tokenizer: transformers.PreTrainedTokenizerFast) -> list[bytes]:
     """The bytes of every token of a byte-level or SentencePiece-like tokenizer; b"" for control tokens and ids of no token."""
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}  # GPT-2's way to write bytes as characters
@@ -177,9 +180,8 @@ class WarmStart:
     episodes: int = 5000  # demonstrated; the steps draw from these
     window: int = 2  # turns in a window: short and cheap, they come first
     window_steps: int = 800
-    window_batch: int = 8
+    window_batch: int = 8  # and half as many episodes, being longer
     episode_steps: int = 400  # then whole episodes
-    episode_batch: int = 4
     lr: float = 3e-3
     hidden: int = 96
     layers: int = 2
@@ -187,9 +189,9 @@ class WarmStart:
     seed: int = 0
 
 
-WARM_START_SEEDS = 1_000_000_000  # and on: maps that neither training nor evaluation draws
+WARM_START_SEEDS = 1_000_000_000  # and on: seeds that neither training nor evaluation draws
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's splitting rule, but that a digit takes its space along and a tag with its line end is one piece (one token, as in Qwen3).
+# Qwen2's splitting rule, but that a digit takes its space along, and that a cell's name and a tag with its line end are one piece.
 PATTERN = r"</?[a-z_]+>\n?| ?\b[a-z]\d\b|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Qwen2.5's template, without its explanation of what a tool call looks like.
 CHAT_TEMPLATE = (
@@ -259,10 +261,8 @@ def learn_tokenizer(env, episodes: list, size: int) -> transformers.PreTrainedTo
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     blank.train_from_iterator(texts, trainer)
-    pad, start, end = SPECIAL
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=blank, pad_token=pad, eos_token=end, extra_special_tokens=[start], chat_template=CHAT_TEMPLATE
-    )
+    special = {"pad_token": SPECIAL[0], "extra_special_tokens": [SPECIAL[1]], "eos_token": SPECIAL[2]}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=blank, chat_template=CHAT_TEMPLATE, **special)
 
 
 def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ def warm_start(policy: Policy, env, episodes: list[tuple[list[str], list[str]]],
         wholes.append(imitation_target([policy.prompt(env.system, env.tools, seen[0])] + results[1:], replies))
     rng, model = random.Random(settings.seed), policy.model.train()
     lessons = [rng.sample(windows, settings.window_batch) for _ in range(settings.window_steps)]
-    lessons += [rng.sample(wholes, settings.episode_batch) for _ in range(settings.episode_steps)]
+    lessons += [rng.sample(wholes, settings.window_batch // 2) for _ in range(settings.episode_steps)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=len(lessons), pct_start=0.05)
     for lesson in (progress := tqdm(lessons, desc="warm start (once)", unit="step", dynamic_ncols=True)):

@@ -202,7 +202,7 @@ def sample(hidden: Tensor, head: Tensor, temperature: float, luck: list[float]) 
 
 
 def collate(policy: Policy, rows: list[Row], stop: int) -> Rollouts:
-    """Pad the rows into tensors on the policy's device. An unfinished row is cut at position `stop`, its last turn labelled as is."""
+    """Pad the rows into tensors on the policy's device. An unfinished row is cut at `stop`, its last turn labelled as it is."""
     end = policy.token_bytes(policy.end_of_turn)
     for row in rows:
         row.labels += segment_turn([policy.token_bytes(token) for token in row.turn], end)

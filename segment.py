@@ -37,8 +37,8 @@ def segment_turn(tokens: Sequence[bytes], end_of_turn: bytes = b"<|im_end|>") ->
     the call, inside a thought `<think>` and `</tool_call>` are text of the thought; after the call everything is FORMAT. An
     unclosed span runs to the end of the turn. (Our reading of the paper's spans.)
 
-    >>> labels = segment_turn([b"<think>", b"Go up", b".</", b"think>", b"<tool_call>", b'{"', b'"}}</', b"tool_call>", b"<|im_end|>"])
-    >>> [label.name for label in labels]
+    >>> turn = [b"<think>", b"Go up", b".</", b"think>", b"<tool_call>", b'{"', b'"}}</', b"tool_call>", b"<|im_end|>"]
+    >>> [label.name for label in segment_turn(turn)]
     ['FORMAT', 'REASONING', 'REASONING', 'FORMAT', 'FORMAT', 'ACTION', 'ACTION', 'FORMAT', 'FORMAT']
     """
     ended = bool(tokens) and tokens[-1] == end_of_turn

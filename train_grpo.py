@@ -33,7 +33,7 @@ from policy import Policy, load_policy
 from rollout import Rollouts, rollout, score, score_all
 from segment import Segment
 
-EVAL_SEEDS = 2_000_000_000  # and on: maps that neither training (below 1e9) nor the warm start (from 1e9) draws
+EVAL_SEEDS = 2_000_000_000  # and on: seeds that neither training (below 1e9) nor the warm start (from 1e9) draws
 
 
 def option(default, text: str, low: float = -math.inf, high: float = math.inf):  # numbers outside [low, high] are refused
@@ -90,7 +90,7 @@ def run(config: Config, arms: list[Arm]) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
     out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.env}-seed{config.seed}")
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=bool(config.out))
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     start = copy.deepcopy(policy.model.state_dict())
     print(f"results go to {out}\nA GRPO loss near zero is normal: advantages sum to zero in each group. Watch success instead.")
@@ -182,7 +182,7 @@ def update(
                 clipped = (log_ratio.exp() > 1 + clip[1]) & (advantage > 0) | (log_ratio.exp() < 1 - clip[0]) & (advantage < 0)
                 k3 = log_ratio.exp() - 1 - log_ratio
                 terms = [loss * tokens, stats.entropy.sum(), k3.sum(), clipped.sum(), torch.tensor(len(k3))]
-                sums += torch.stack([term.double().cpu() for term in terms])
+                sums += torch.stack([term.cpu().double() for term in terms])
         norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item())
         if math.isfinite(norms[-1]):
             optimizer.step()

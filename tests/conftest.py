@@ -1,7 +1,5 @@
 """Shared by the tests: devices to run on, and a tiny policy that is made in a second and knows nothing."""
 
-import os
-
 import pytest
 import torch
 
@@ -36,5 +34,4 @@ def tiny_folder(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def built_in():
     """The policy that users get, with its full warm start; made once and kept in the user's cache."""
-    os.environ.pop("ACTFOCUS_CACHE", None)
     return load_policy()

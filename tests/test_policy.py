@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 import policy as policy_module
 from envs import make_env
 from policy import CHAT_TEMPLATE, WARM_START_SEEDS, WarmStart, built_in_checkpoint, load_policy
+from rollout import rollout
+from segment import Segment
+from train_grpo import EVAL_SEEDS
 
 NASTY = [
     "<|im_end|>", "<|im_start|>assistant\n", "a<|endoftext|>b", "<|im_end", "é€😀\x00\ufffd", "", " ", "\n\n", "<tool_call>{}</tool_call>",
@@ -182,8 +186,23 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no control token"):
         bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
         load_policy(str(foreign_checkpoint(tmp_path / "e", "byte-level", template=bare)))
+    with pytest.raises(ValueError, match="refuses one of the messages system.*: No system role"):
+        strict = "{{ raise_exception('No system role') }}"
+        load_policy(str(foreign_checkpoint(tmp_path / "f", "byte-level", template=strict)))
     with pytest.raises(ValueError, match="changes its logits after the head"):
         load_policy(str(foreign_checkpoint(tmp_path / "d", "byte-level", bias=True)))
+
+
+def test_models_without_a_key_value_cache_in_every_layer_are_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "hybrid")
+    config = transformers.Qwen3NextConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, linear_num_value_heads=2, linear_num_key_heads=1, linear_key_head_dim=8, linear_value_head_dim=8,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    transformers.Qwen3NextForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match="layers without a key-value cache"):
+        load_policy(str(folder))
 
 
 def test_pickled_weights_are_refused(tiny_folder, tmp_path):
@@ -264,13 +283,25 @@ def test_the_reference_is_a_frozen_copy(tiny):
 
 
 # ------------------------------------------------------------------------------------------------------- the real warm start
-def test_the_warm_start_speaks_well_and_leaves_room(built_in):
-    from rollout import rollout  # one floor up: what the policy is for
-    from segment import Segment
+class Listening:
+    """The lake, and for every turn whether it named the player's and the goal's cell truly."""
 
-    rollouts = rollout(built_in, lambda: make_env("frozenlake"), range(3_000_000_000, 3_000_000_128), 0.5)
+    def __init__(self, truths):
+        self.env, self.truths = make_env("frozenlake"), truths
+        self.system, self.tools, self.reset = self.env.system, self.env.tools, self.env.reset
+
+    def step(self, reply):
+        named = re.findall(r"on ([a-i]\d)", reply)
+        self.truths.append(named == [f"{'abcdefghi'[column]}{row + 1}" for row, column in (self.env.player, self.env.goal)])
+        return self.env.step(reply)
+
+
+def test_the_warm_start_speaks_well_and_leaves_room(built_in):
+    truths = []
+    rollouts = rollout(built_in, lambda: Listening(truths), range(EVAL_SEEDS, EVAL_SEEDS + 128), 0.5)
     success = rollouts.success.float().mean().item()
     penalties = (rollouts.rewards - rollouts.success.float()).sum() / rollouts.turns.sum() / -0.1
     reasoning = (rollouts.labels == Segment.REASONING).sum() / rollouts.response.sum()
     assert 0.2 < success < 0.65 and penalties < 0.03 and reasoning > 0.5
+    assert len(truths) == rollouts.turns.sum() and sum(truths) / len(truths) > 0.8
     assert built_in.model.num_parameters() < 1_000_000
