@@ -184,10 +184,9 @@ def prefill(policy: Policy, rows: list[Row], cache: Cache) -> tuple[int, Tensor]
     Returns the position that comes next and the hidden states (rows, H) that predict it.
     """
     shortest = min(len(row.ids) for row in rows)
-    beginnings = {tuple(row.ids[:shortest]): None for row in rows}
-    order = {ids: i for i, ids in enumerate(beginnings)}
-    hidden = policy.hidden(torch.tensor(list(beginnings), device=policy.device), cache)[:, -1]  # (distinct, H)
-    spread = torch.tensor([order[tuple(row.ids[:shortest])] for row in rows], device=policy.device)
+    order: dict[tuple, int] = {}
+    spread = torch.tensor([order.setdefault(tuple(row.ids[:shortest]), len(order)) for row in rows], device=policy.device)
+    hidden = policy.hidden(torch.tensor(list(order), device=policy.device), cache)[:, -1]  # (distinct, H)
     cache.batch_select_indices(spread)
     return shortest, hidden[spread]
 

@@ -173,14 +173,14 @@ def update(
             old_logprob, advantage = old[some][mask], advantages[some, None].expand_as(mask)[mask]  # (N,), (N,)
             loss = clipped_loss(stats.logprob, old_logprob, advantage, weights[some][mask], *clip, normalizer=weight_sum)
             loss = loss - config.entropy_coef * stats.entropy.sum() / tokens
-            log_ratio = stats.logprob - old_logprob
+            ratio = (log_ratio := stats.logprob - old_logprob).exp()
             if config.kl_coef:
                 # k1 = log pi - log ref. NOTE: its gradient is 0 on average unless the ratio stands before it (our decision).
-                loss = loss + config.kl_coef * (log_ratio.exp() * (stats.logprob - frozen.logprob[some][mask])).sum() / tokens
+                loss = loss + config.kl_coef * (ratio * (stats.logprob - frozen.logprob[some][mask])).sum() / tokens
             loss.backward()
             with torch.no_grad():
-                clipped = (log_ratio.exp() > 1 + clip[1]) & (advantage > 0) | (log_ratio.exp() < 1 - clip[0]) & (advantage < 0)
-                k3 = log_ratio.exp() - 1 - log_ratio
+                clipped = (ratio > 1 + clip[1]) & (advantage > 0) | (ratio < 1 - clip[0]) & (advantage < 0)
+                k3 = ratio - 1 - log_ratio
                 terms = [loss * tokens, stats.entropy.sum(), k3.sum(), clipped.sum(), torch.tensor(len(k3))]
                 sums += torch.stack([term.cpu().double() for term in terms])
         norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item())
