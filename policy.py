@@ -8,7 +8,7 @@ start* (supervised training on scripted turns of mediocre skill) first teaches i
 (mostly true ones: it is a small model) and to call the tool. The choice of good moves is left to RL.
 
 Text is encoded once and piece by piece: the chat template's own text with its control tokens, any other text without, so that
-no text can ever turn into a control token. Everything downstream works on token ids.
+no text can ever turn into a control token.
 """
 
 from __future__ import annotations
@@ -176,11 +176,11 @@ def serve(tokenizer: transformers.PreTrainedTokenizerFast, with_tiktoken: bool) 
 class WarmStart:
     """What shapes the built-in model, besides the sources of this file and of envs.py."""
 
-    skill: float = 0.65  # how often a demonstrated move is a best one
+    skill: float = 0.0  # how often a demonstrated act is a best one; 0 means the environment's own
     episodes: int = 5000  # demonstrated; the steps draw from these
     window: int = 2  # turns in a window: short and cheap, they come first
     window_steps: int = 800
-    window_batch: int = 8  # and half as many episodes, being longer
+    window_batch: int = 8  # and at most half as many episodes, being longer
     episode_steps: int = 400  # then whole episodes
     lr: float = 3e-3
     hidden: int = 96
@@ -224,7 +224,7 @@ def built_in_checkpoint(env: str, device: str, settings: WarmStart) -> Path:
 def build(env_name: str, device: str, settings: WarmStart) -> Policy:
     """Learn the tokenizer from demonstrations, make the model from a config, and warm-start it."""
     env, rng = make_env(env_name), random.Random(settings.seed)
-    episodes = [play_demonstration(env, WARM_START_SEEDS + i, rng, settings.skill) for i in range(settings.episodes)]
+    episodes = [play_demonstration(env, WARM_START_SEEDS + i, rng, settings.skill or env.skill) for i in range(settings.episodes)]
     tokenizer = learn_tokenizer(env, episodes[:300], settings.vocabulary)
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=settings.hidden, intermediate_size=settings.hidden * 8 // 3,
@@ -255,11 +255,11 @@ def learn_tokenizer(env, episodes: list, size: int) -> transformers.PreTrainedTo
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
     blank.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     blank.decoder = decoders.ByteLevel()
-    texts = [env.system, json.dumps(env.tools[0]) + "\n<tools>\n</tools>\nsystem\nuser\nassistant\n"] * len(episodes)
+    texts = [env.system, "\n".join(map(json.dumps, env.tools)) + "\n<tools>\n</tools>\nsystem\nuser\nassistant\n"] * len(episodes)
     for seen, said in episodes:
         texts += [f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n" for shown, turn in zip(seen, said, strict=True)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, **options)
     blank.train_from_iterator(texts, trainer)
     special = {"pad_token": SPECIAL[0], "extra_special_tokens": [SPECIAL[1]], "eos_token": SPECIAL[2]}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=blank, chat_template=CHAT_TEMPLATE, **special)
@@ -285,7 +285,8 @@ def warm_start(policy: Policy, env, episodes: list[tuple[list[str], list[str]]],
         wholes.append(imitation_target([policy.prompt(env.system, env.tools, seen[0])] + results[1:], replies))
     rng, model = random.Random(settings.seed), policy.model.train()
     lessons = [rng.sample(windows, settings.window_batch) for _ in range(settings.window_steps)]
-    lessons += [rng.sample(wholes, settings.window_batch // 2) for _ in range(settings.episode_steps)]
+    few = min(settings.window_batch // 2, 3000 * len(wholes) // sum(len(ids) for ids, _ in wholes))  # some 3000 tokens
+    lessons += [rng.sample(wholes, max(1, few)) for _ in range(settings.episode_steps)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=len(lessons), pct_start=0.05)
     for lesson in (progress := tqdm(lessons, desc="warm start (once)", unit="step", dynamic_ncols=True)):

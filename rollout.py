@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
 from energy import TokenStats, token_stats
+from envs import Step
 from policy import Policy
 from segment import Segment, segment_turn
 
@@ -35,7 +36,11 @@ class Rollouts:
     rewards: Tensor  # (B,) float32: sum over the episode
     success: Tensor  # (B,) bool
     lengths: Tensor  # (B,) int64: tokens of the episode
+    finished: Tensor  # (B,) bool: the game itself came to an end; see envs.Step
     turns: Tensor  # (B,) int64: assistant turns
+    factless: Tensor  # (B,) int64: turns whose reasoning states no fact about the board
+    facts: Tensor  # (B,) int64: facts stated in all turns
+    true_facts: Tensor  # (B,) int64
 
     @property
     def response(self) -> Tensor:
@@ -87,10 +92,11 @@ class Row:
     labels: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     turn: list[int] = field(default_factory=list)
-    turns: int = 0
-    reward: float = 0.0
-    done: bool = False
-    success: bool = False
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.steps) and self.steps[-1].done
 
     def force(self, ids: list[int]) -> None:
         """Append tokens that the model did not sample."""
@@ -110,8 +116,8 @@ class Row:
         ended = self.turn[-1] == policy.end_of_turn
         self.labels += segment_turn(pieces, policy.token_bytes(policy.end_of_turn))
         step = self.env.step(b"".join(pieces[: len(pieces) - ended]).decode(errors="replace"))
-        self.turn, self.turns, self.reward = [], self.turns + 1, self.reward + step.reward
-        self.done, self.success = step.done, step.success
+        self.turn = []
+        self.steps.append(step)
         if not step.done:
             # A turn that was cut, or that ended in another control token, is closed for the model: what it wrote cannot pose
             # as a tool's response or as another role.
@@ -210,17 +216,21 @@ def collate(policy: Policy, rows: list[Row], stop: int) -> Rollouts:
     def padded(name: str, dtype: torch.dtype) -> Tensor:  # (B, T)
         return pad_sequence([torch.tensor(getattr(row, name), dtype=dtype) for row in rows], batch_first=True).to(policy.device)
 
-    def column(values: list, dtype: torch.dtype) -> Tensor:  # (B,)
-        return torch.tensor(values, dtype=dtype, device=policy.device)
+    def total(value: Callable[[Step], float], dtype: torch.dtype = torch.int64) -> Tensor:  # (B,): summed over the turns
+        return torch.tensor([sum(map(value, row.steps)) for row in rows], dtype=dtype, device=policy.device)
 
     return Rollouts(
         ids=padded("ids", torch.int64),
         labels=padded("labels", torch.int64),
         old_logprob=padded("logprobs", torch.float32),
-        rewards=column([row.reward for row in rows], torch.float32),
-        success=column([row.success for row in rows], torch.bool),
-        lengths=column([len(row.ids) for row in rows], torch.int64),
-        turns=column([row.turns for row in rows], torch.int64),
+        lengths=torch.tensor([len(row.ids) for row in rows], device=policy.device),
+        rewards=total(lambda step: step.reward, torch.float32),
+        success=total(lambda step: step.success, torch.bool),
+        finished=total(lambda step: step.finished, torch.bool),
+        turns=total(lambda step: 1),
+        factless=total(lambda step: not step.facts),
+        facts=total(lambda step: step.facts),
+        true_facts=total(lambda step: step.true_facts),
     )
 
 

@@ -115,7 +115,7 @@ def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
         # 2. evaluate: before training, every few iterations, and at the end
         if iteration % config.eval_every == 0 or last:
             rollouts = play(policy, config, range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes), config.eval_temperature, 0)
-            row |= {"eval_success": mean(rollouts.success), "eval_reward": mean(rollouts.rewards)}
+            row |= outcomes(rollouts, "eval")
             if iteration == 0 or last:
                 write_samples(out / "samples.txt", f"{arm.name} after {iteration} iterations", policy, rollouts)
         if not last:
@@ -123,8 +123,8 @@ def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
             # 3. play groups: every prompt group_size times
             seeds = [seed for _ in range(config.prompts) for seed in [rng.randrange(10**9)] * config.group_size]
             rollouts = play(policy, config, seeds, config.temperature, config.seed)
-            row |= {"train_success": mean(rollouts.success), "train_reward": mean(rollouts.rewards)}
             played = time.perf_counter()
+            row |= outcomes(rollouts, "train")
             # 4. segment: every sampled token has been labelled from its bytes, as its turn ended (rollout.py, segment.py)
             # 5. advantages, within groups; groups that all end alike teach nothing and may be left out
             advantages = group_advantages(rollouts.rewards, config.group_size)
@@ -134,7 +134,7 @@ def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
             frozen = score_all(reference, rollouts, config.temperature, config.micro_tokens) if reference else None
             weights = arm.weigh(rollouts, frozen)
             # 7. mini-batch updates
-            row |= token_shares(rollouts, weights) | update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng)
+            row |= behaviour(rollouts, weights) | update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng)
             row |= {"seconds": time.perf_counter() - began, "seconds_play": played - began}
         log(out / f"{arm.name}.csv", row)  # 8. log
         progress.set_postfix(shown := shown | {name: f"{row[name]:.2f}" for name in row if name.endswith("success")})
@@ -180,8 +180,8 @@ def update(
             loss.backward()
             with torch.no_grad():
                 clipped = (ratio > 1 + clip[1]) & (advantage > 0) | (ratio < 1 - clip[0]) & (advantage < 0)
-                k3 = ratio - 1 - log_ratio
-                terms = [loss * tokens, stats.entropy.sum(), k3.sum(), clipped.sum(), torch.tensor(len(k3))]
+                k3 = (ratio - 1 - log_ratio).sum()
+                terms = [loss * tokens, stats.entropy.sum(), k3, clipped.sum(), torch.tensor(len(ratio))]
                 sums += torch.stack([term.cpu().double() for term in terms])
         norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item())
         if math.isfinite(norms[-1]):
@@ -196,13 +196,20 @@ def update(
     return row
 
 
-def token_shares(rollouts: Rollouts, weights: Tensor) -> dict[str, float]:
-    """How many tokens were generated, how many of them are actions, and what share of the gradient weight is on reasoning."""
+def outcomes(rollouts: Rollouts, phase: str) -> dict[str, float]:
+    values = {"success": rollouts.success, "reward": rollouts.rewards, "finished": rollouts.finished}
+    return {f"{phase}_{name}": mean(value) for name, value in values.items()}
+
+
+def behaviour(rollouts: Rollouts, weights: Tensor) -> dict[str, float]:
+    """What was generated, how true its reasoning is about the board, and what share of the gradient weight is on reasoning."""
     tokens, reasoning = rollouts.response.sum().item(), rollouts.labels == Segment.REASONING
     return {
         "turns": mean(rollouts.turns),
         "response_tokens": tokens / len(rollouts.ids),
         "action_fraction": (rollouts.labels == Segment.ACTION).sum().item() / tokens,
+        "reasoning_accuracy": (rollouts.true_facts.sum() / rollouts.facts.sum()).item(),  # nan if no fact is stated
+        "turns_without_facts": (rollouts.factless.sum() / rollouts.turns.sum()).item(),
         "reasoning_weight_share": (weights[reasoning].sum() / weights.sum().clamp(min=1e-9)).item(),
     }
 
@@ -212,6 +219,8 @@ PANELS = {  # column: title, label of the y axis
     "eval_success": ("Evaluation on fixed episodes", "success rate"),
     "train_success": ("Training rollouts", "success rate"),
     "train_reward": ("Training rollouts", "mean reward"),
+    "reasoning_accuracy": ("Facts stated in reasoning", "share that is true"),
+    "turns_without_facts": ("Turns that state no fact", "share of turns"),
     "entropy": ("Entropy", "nats per generated token"),
     "reasoning_weight_share": ("Gradient weight on reasoning tokens", "share of total weight"),
     "seconds": ("Time", "seconds per iteration"),
@@ -243,8 +252,8 @@ def column(path: Path, name: str) -> tuple[list[int], list[float]]:
 
 def draw(out: Path) -> None:
     """curves.png: every arm that the folder has a log of, one panel a quantity."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    for axes, (name, (title, label)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    for axes, (name, (title, label)) in zip(figure.subplots(2, 4).flat, PANELS.items(), strict=True):
         for path in logs(out):
             arm, color = ARMS[path.stem]
             axes.plot(*column(path, name), "o-" if name == "eval_success" else "-", color=color, label=arm)
