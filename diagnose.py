@@ -51,6 +51,7 @@ class DiagnoseConfig:
     env: str = option("frozenlake", "environment to play")
     model: str = option("", "the reference: checkpoint folder or hub id of a causal LM; the built-in model if not given")
     checkpoint: str = option("", "folder of a trained policy that plays instead of the reference")
+    skill: float = option(0.0, "of the built-in model's demonstrator, which sets how well it plays; 0 means the world's own", 0, 1)
     groups: int = option(128, "prompts", 8)
     group_size: int = option(16, "rollouts of each prompt", 2)
     temperature: float = option(1.0, "sampling temperature", 0.01)
@@ -68,7 +69,7 @@ class DiagnoseConfig:
 def diagnose(config: DiagnoseConfig) -> None:
     """Play the groups, measure each, correlate, draw."""
     try:
-        reference = load_policy(config.model or None, config.env, config.device)
+        reference = load_policy(config.model or None, config.env, config.device, skill=config.skill)
         policy = load_policy(config.checkpoint, config.env, config.device) if config.checkpoint else reference
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
@@ -116,20 +117,20 @@ def measure(rollouts: Rollouts, frozen: TokenStats, seeds: range, group_size: in
     for g, seed in enumerate(seeds):
         some = slice(g * group_size, (g + 1) * group_size)
         rewards = rollouts.rewards[some]
-        row = {"seed": seed, "success": rollouts.success[some].float().mean(), "reward": rewards.mean(), "reward_variance": rewards.var()}
+        row = {"success": rollouts.success[some].float().mean(), "reward": rewards.mean(), "reward_variance": rewards.var()}
         row |= {"turns": rollouts.turns[some].float().mean(), "tokens": choices["all"][some].sum() / group_size}
         row["action_fraction"] = choices["action"][some].sum() / choices["all"][some].sum()
         for signal, values in signals.items():
             row |= {f"{signal}_{name}": values[some][mask[some]].mean() for name, mask in choices.items()}
-        rows.append({name: float(value) for name, value in row.items()} | {"seed": seed})
+        rows.append({"seed": seed} | {name: float(value) for name, value in row.items()})
     return rows
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows)
+        writer = csv.writer(file)
+        writer.writerow(rows[0])
+        writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row.values()] for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------------------- statistics
@@ -167,16 +168,16 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / scale) if scale else float("nan")
 
 
-def spearman_test(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> tuple[float, float, float, float]:
-    """(rho, low, high, p): 95 % percentile bootstrap interval over pairs, two-sided permutation p-value. nan if a is constant."""
+def spearman_test(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> tuple[float, ...]:
+    """(rho, low, high, p): 95 % percentile bootstrap interval over pairs, two-sided permutation p-value. nan if one is constant."""
     rho = spearman(a, b)
     if np.isnan(rho):
         return rho, rho, rho, rho
     draws = rng.integers(len(a), size=(resamples, len(a)))
     low, high = np.nanpercentile([spearman(a[draw], b[draw]) for draw in draws], [2.5, 97.5])
-    shuffled = rng.permuted(np.tile(ranks(a), (5 * resamples, 1)), axis=1)  # (5 resamples, n): a rank correlation is linear in these
-    centred = ranks(b) - (len(b) + 1) / 2
-    null = shuffled @ centred / np.sqrt(((ranks(a) - (len(a) + 1) / 2) ** 2).sum() * (centred**2).sum())
+    centred = [ranks(values) - (len(a) + 1) / 2 for values in (a, b)]
+    shuffled = rng.permuted(np.tile(centred[0], (5 * resamples, 1)), axis=1)  # (5 resamples, n)
+    null = shuffled @ centred[1] / np.sqrt((centred[0] @ centred[0]) * (centred[1] @ centred[1]))
     return rho, float(low), float(high), float((1 + (abs(null) >= abs(rho) - 1e-12).sum()) / (1 + len(null)))
 
 
@@ -210,7 +211,8 @@ def summary(groups: list[dict[str, float]], table: list[Correlation]) -> str:
             lines.append(f"{each.signal + ' ' + each.tokens:34}{'constant: no correlation':>34}")
         else:
             interval = f"[{each.low:+.2f}, {each.high:+.2f}]"
-            lines.append(f"{each.signal + ' ' + each.tokens:34}{each.rho:>+7.2f}{interval:>18}{each.p:>9.4f}{each.rho_success:>+18.2f}")
+            name = f"{each.signal} {each.tokens}"
+            lines.append(f"{name:34}{each.rho:>+7.2f}{interval:>18}{each.p:>9.4f}{each.rho_success:>+18.2f}")
     return "\n".join(lines)
 
 
@@ -223,10 +225,11 @@ def draw_bottleneck(path: Path, groups: list[dict[str, float]], table: list[Corr
     success, variance = ([row[name] for row in groups] for name in ("success", "reward_variance"))
     axes = above.subplots(1, 3, sharey=True)
     for each, tokens in zip(axes, ("action", "reasoning", "all"), strict=True):
-        points = each.scatter([row[f"energy_{tokens}"] for row in groups], variance, c=success, cmap="viridis", vmin=0, vmax=1, s=22)
+        energy = [row[f"energy_{tokens}"] for row in groups]
+        points = each.scatter(energy, variance, c=success, cmap="viridis", vmin=0, vmax=1, s=22)
         result = results["energy", tokens]
         each.set(title=f"{tokens} tokens: ρ = {result.rho:+.2f} [{result.low:+.2f}, {result.high:+.2f}], p = {result.p:.2g}")
-        each.set(xlabel="mean reference energy of the group (nats)", ylabel="variance of the group's rewards" * (tokens == "action"))
+        each.set(xlabel="mean reference energy of the group", ylabel="variance of the group's rewards" * (tokens == "action"))
         each.grid(alpha=0.3)
     above.colorbar(points, ax=axes, label="success rate of the group")
     share = 100 * np.mean([row["action_fraction"] for row in groups])
@@ -244,12 +247,14 @@ def draw_bottleneck(path: Path, groups: list[dict[str, float]], table: list[Corr
                 axes.errorbar([x], [result.rho], np.abs(bars), fmt="o", color=color, capsize=3)
         if np.isnan(result.rho):
             axes.text(i, 0.04, "constant:\nthe reference itself played", ha="center", color="dimgray")
+    names = {"decision": "most uncertain action\ntoken of each turn"}
     for tokens, color in TOKENS.items():
-        axes.plot([], [], "o", color=color, label={"decision": "most uncertain action token of each turn"}.get(tokens, f"{tokens} tokens"))
+        axes.plot([], [], "o", color=color, label=names.get(tokens, f"{tokens} tokens"))
     control = results["success", ""]
-    axes.axhline(control.rho, color="tab:green", linestyle="--", label="success rate of the group, for comparison")
+    axes.axhline(control.rho, color="tab:green", linestyle="--", label="success rate of the\ngroup, for comparison")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(ylim=(-1, 1), xlim=(-0.6, len(SIGNALS) - 0.4), title="Rank correlation with the reward variance, 95 % bootstrap intervals")
+    axes.set(ylim=(-1, 1), xlim=(-0.6, len(SIGNALS) - 0.4))
+    axes.set_title("Rank correlation with the reward variance, 95 % bootstrap intervals")
     axes.set(ylabel="Spearman's ρ", xlabel="signal, averaged over the chosen tokens of the group")
     axes.set_xticks(range(len(SIGNALS)), SIGNALS.values())
     axes.grid(alpha=0.3, axis="y")
@@ -304,8 +309,8 @@ def draw_transcripts(out: Path, policy: Policy, rollouts: Rollouts, frozen: Toke
             name, weight = Segment(rollouts.labels[row, position].item()).name, weights[row, position].item()
             energy, entropy = frozen.energy[row, position].item(), frozen.entropy[row, position].item()
             tip = f"{name} · weight {weight:.2f} · energy {energy:.2f} · entropy {entropy:.2f} nats"
-            color = to_hex(COLORS(SCALE(weight)))
-            body.append(f'<b class="{name}" style="background:{color};color:{"#fff" if weight > 1.1 else "#000"}" data-tip="{tip}">{shown}</b>')
+            style = f"background:{to_hex(COLORS(SCALE(weight)))};color:{'#fff' if weight > 1.1 else '#000'}"
+            body.append(f'<b class="{name}" style="{style}" data-tip="{tip}">{shown}</b>')
         body.append("</pre>")
     stops = ",".join(to_hex(COLORS(SCALE(weight))) for weight in np.linspace(0, 1.6, 9))
     page = PAGE.replace("TITLE", html.escape(title)).replace("STOPS", stops).replace("BODY", "".join(body))

@@ -249,8 +249,8 @@ class FrozenLake(World):
         """
         after = {name: self.distance.get(self._neighbour(self.player, name), 99) for name in DIRECTIONS}
         best = [name for name in DIRECTIONS if after[name] < self.distance[self.player]]
-        thought = self._facts(rng)
-        return write_turn(thought, "move", {"direction": choose(rng, skill, best, [name for name in DIRECTIONS if name not in best])})
+        rest = [name for name in DIRECTIONS if name not in best]
+        return write_turn(self._facts(rng), "move", {"direction": choose(rng, skill, best, rest)})
 
     def _facts(self, rng: random.Random) -> str:
         way = offset(self.player, self.goal)
@@ -334,11 +334,10 @@ class Sokoban(World):
         self.inside, self.boxes_wanted, self.walls_wanted, self.limit = size - 2, boxes, walls, moves
         self.tools = [tool_schema("move", "Move or push one cell.", {"direction": {"type": "string", "enum": list(DIRECTIONS)}})]
         self.system = (
-            f"You are P in a walled room: rows 1 to {self.inside} from the top, columns a to {COLUMNS[self.inside - 1]} from the left. "
-            "_ is floor, # wall, X a box, T a target, * a box on a target, + you on a target. Walk into a box to push it; "
-            "you cannot pull, nor push two boxes. "
-            f"Push every box onto a target in {moves} moves for a reward of 1; a box on a target is 0.1, off it -0.1, a move -0.01. "
-            + self._format_rule()
+            f"You are P in a walled room: rows 1 to {self.inside} from the top, columns a to {COLUMNS[self.inside - 1]} from the "
+            "left. _ is floor, # wall, X a box, T a target, * a box on a target, + you on a target; X and T are given with their "
+            "way from you. Walk into a box to push it; you cannot pull, nor push two boxes. Push every box onto a target in "
+            f"{moves} moves for a reward of 1; a box on a target is 0.1, off it -0.1, a move -0.01. " + self._format_rule()
         )
 
     def reset(self, seed: int) -> str:
@@ -350,35 +349,37 @@ class Sokoban(World):
     def demonstrate(self, rng: random.Random, skill: float) -> str:
         """A turn with true facts, and with probability `skill` a move that brings the solution nearer; else one of the others."""
         best = [name for name in DIRECTIONS if self._needs(self._after(name)) < self._needs((self.player, self.boxes))]
-        thought = self._facts(rng)
-        return write_turn(thought, "move", {"direction": choose(rng, skill, best, [name for name in DIRECTIONS if name not in best])})
+        rest = [name for name in DIRECTIONS if name not in best]
+        return write_turn(self._facts(rng), "move", {"direction": choose(rng, skill, best, rest)})
 
     def _facts(self, rng: random.Random) -> str:
         """Where everything is, what is around, and where a box can next be pushed towards the solution (or at all)."""
         where = f"{rng.choice(['I am', 'I stand', 'P is'])} on {cell_name(self.player)}"
-        boxes = "".join(f", X is on {cell_name(box)}" for box in self._loose_boxes())
-        targets = "".join(f", T is on {cell_name(target)}" for target in self._free_targets())
+        boxes = "".join(f", X is on {cell_name(box)}, X lies {self._from_player(box)}" for box in self._loose_boxes())
+        targets = "".join(f", T is on {cell_name(target)}, T lies {self._from_player(target)}" for target in self._free_targets())
         sides = ", ".join(f"{side} is {self._name_of(side)}" for side in rng.sample(list(DIRECTIONS), 4))
         thought = f"{where}{boxes}{targets}. {rng.choice(['Next to me', 'Around me', 'I see'])} {sides}."
         pushes = self._pushes()
         if not pushes:
             return f"{thought} X is stuck."
         start, way = min(rng.sample(sorted(pushes), len(pushes)), key=pushes.get)
-        there = " ".join(offset(self.player, start)) or "here"
-        return f"{thought} From {cell_name(start)} X goes {way}. {cell_name(start)} lies {there}."
+        return f"{thought} From {cell_name(start)} X goes {way}."
 
     def _truths(self) -> dict[str, set[str]]:
-        cells = [(row, column) for row in range(self.inside) for column in range(self.inside)]
         pushes = {f"{cell_name(start)} X goes {way}" for start, way in self._pushes()}
         truths = {
             r"(?:I am|I stand|P is) on (\w+)": {cell_name(self.player)},
             r"X is on (\w+)": {cell_name(box) for box in self.boxes},
             r"T is on (\w+)": {cell_name(target) for target in self.targets},
+            r"X lies ([\w ]+)": {self._from_player(box) for box in self.boxes},
+            r"T lies ([\w ]+)": {self._from_player(target) for target in self.targets},
             r"From (\w+ X goes \w+)": pushes,
             r"X is (stuck)": set() if pushes else {"stuck"},
-            r"(\w+ lies [\w ]+)": {f"{cell_name(cell)} lies {' '.join(offset(self.player, cell)) or 'here'}" for cell in cells},
         }
         return truths | {rf"\b{side} is (\w+)": {self._name_of(side)} for side in DIRECTIONS}
+
+    def _from_player(self, cell: tuple[int, int]) -> str:
+        return " ".join(offset(self.player, cell)) or "here"
 
     def _needs(self, state: tuple) -> int:
         return self.distance.get(state, 99)  # 99: lost, or not to be solved in time
@@ -431,8 +432,9 @@ class Sokoban(World):
         symbols = dict.fromkeys(cells - self.free, "#") | dict.fromkeys(self.targets, "T")
         symbols |= {box: "*" if box in self.targets else "X" for box in self.boxes}
         symbols[self.player] = "+" if self.player in self.targets else "P"
-        names = [f"X {cell_name(box)}" for box in self.boxes] + [f"T {cell_name(target)}" for target in self.targets]
-        status = f"P {cell_name(self.player)}, {', '.join(names)}, moves left {self.turns_left}"
+        named = [("X", box) for box in self.boxes] + [("T", target) for target in self.targets]
+        status = ", ".join(f"{name} {cell_name(cell)} {self._from_player(cell)}" for name, cell in named)
+        status = f"P {cell_name(self.player)}, {status}, moves left {self.turns_left}"
         return "\n".join([said] * bool(said) + draw_board(self.inside, self.inside, symbols) + [status])
 
 
@@ -484,7 +486,8 @@ class Sudoku(World):
     unit, skill = "step", 0.45
 
     def __init__(self, blanks: int = 6, mistakes: int = 3, steps: int = 16, hint: bool = True):
-        bounded(steps=(steps, 1, 64), blanks=(blanks, 1, min(steps, 12)), mistakes=(mistakes, 1, 99))  # 4 clues at least fix a board
+        bounded(steps=(steps, 1, 64), mistakes=(mistakes, 1, 99))
+        bounded(blanks=(blanks, 1, min(steps, 12)))  # it takes four clues to fix a 4x4 board
         self.blanks, self.mistakes, self.limit, self.hint = blanks, mistakes, steps, hint
         numbers, letters = {"type": "integer", "enum": [1, 2, 3, 4]}, {"type": "string", "enum": list(COLUMNS[:4])}
         properties = {"row": numbers, "column": letters, "digit": numbers}
@@ -519,16 +522,17 @@ class Sudoku(World):
         return max((cell for cell in SUDOKU_CELLS if cell not in self.board), key=lambda cell: len(self._seen(cell)))
 
     def _facts(self, cell: tuple[int, int], rng: random.Random) -> str:
-        name, seen, steps = cell_name(cell), self._seen(cell), f"{self.turns_left} steps are left"
-        start = f"{rng.choice(['I look at', 'Now', 'Next'])} {name}. {len(SUDOKU_CELLS) - len(self.board)} cells are empty, {steps}."
-        return f"{start} {name} sees {listed(seen)}. {name} {rng.choice(['can be', 'may hold'])} {listed({1, 2, 3, 4} - seen)}."
+        name, seen = cell_name(cell), self._seen(cell)
+        start = f"{rng.choice(['I look at', 'Now', 'Next'])} {name}. {16 - len(self.board)} cells are empty, {self.turns_left} steps are left."
+        return f"{start} {name} sees {digits(seen)}. {name} {rng.choice(['can be', 'may hold'])} {digits({1, 2, 3, 4} - seen)}."
 
     def _truths(self) -> dict[str, set[str]]:
         truths = {r"(\d+) cells are empty": {str(16 - len(self.board))}, r"(\d+) steps are left": {str(self.turns_left)}}
         for cell in SUDOKU_CELLS:
-            seen, empty = self._seen(cell), cell not in self.board
-            truths[rf"\b{cell_name(cell)} sees ([1-4 ]*[1-4]|nothing)"] = {listed(seen)}
-            truths[rf"\b{cell_name(cell)} (?:can be|may hold) ([1-4 ]*[1-4]|nothing)"] = {listed({1, 2, 3, 4} - seen)} if empty else set()
+            seen, name = self._seen(cell), cell_name(cell)
+            choices = {digits({1, 2, 3, 4} - seen)} if cell not in self.board else set()
+            truths[rf"\b{name} sees ([1-4 ]*[1-4]|nothing)"] = {digits(seen)}
+            truths[rf"\b{name} (?:can be|may hold) ([1-4 ]*[1-4]|nothing)"] = choices
         return truths
 
     def _seen(self, cell: tuple[int, int]) -> set[int]:
@@ -538,26 +542,27 @@ class Sudoku(World):
     def _play(self, call: Call) -> Effect:
         digit = call.arguments["digit"]
         cell = (call.arguments["row"] - 1, COLUMNS.index(call.arguments["column"]))
+        name = cell_name(cell)
         if cell in self.board:
-            return Effect(f"{cell_name(cell)} is given and stays." if cell in self.given else f"{cell_name(cell)} is filled already.")
+            return Effect(f"{name} is given and stays." if cell in self.given else f"{name} is filled already.")
         if digit != self.solution[cell]:
             self.mistakes_left -= 1
-            why = f"{cell_name(cell)} sees {digit}" if digit in self._seen(cell) else f"{cell_name(cell)} is not {digit}"
+            why = f"{name} sees {digit}" if digit in self._seen(cell) else f"{name} is not {digit}"
             return Effect(f"{why}: a mistake.", finished=not self.mistakes_left)
         self.board[cell] = digit
         solved, gain = self.board == self.solution, 0.5 / self.blanks
-        return Effect(f"You wrote {digit} on {cell_name(cell)}." + " It is solved." * solved, gain + 0.5 * solved, solved, solved)
+        return Effect(f"You wrote {digit} on {name}." + " It is solved." * solved, gain + 0.5 * solved, solved, solved)
 
     def _show(self, said: str) -> str:
         lines = [said] * bool(said) + draw_board(4, 4, self.board)
         if self.hint and len(self.board) < 16:
-            lines.append(f"fewest choices {cell_name(self._tightest())}, sees {listed(self._seen(self._tightest()))}")
+            lines.append(f"fewest choices {cell_name(self._tightest())}, sees {digits(self._seen(self._tightest()))}")
         counts = f"empty {16 - len(self.board)}, steps left {self.turns_left}, mistakes left {self.mistakes_left}"
         return "\n".join([*lines, counts])
 
 
-def listed(digits: set[int]) -> str:
-    return " ".join(map(str, sorted(digits))) or "nothing"
+def digits(some: set[int]) -> str:
+    return " ".join(map(str, sorted(some))) or "nothing"
 
 
 SUDOKU_CELLS = [(row, column) for row in range(4) for column in range(4)]
@@ -627,7 +632,8 @@ class Shop(World):
         """Stock the shop of `seed` and return the first observation."""
         rng = random.Random(f"shop {seed}")
         titles = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
-        self.title, self.material, self.size, self.budget = rng.choice(titles), rng.choice(MATERIALS), rng.choice(SIZES), rng.randrange(30, 80, 10)
+        self.title, self.material, self.size = rng.choice(titles), rng.choice(MATERIALS), rng.choice(SIZES)
+        self.budget = rng.randrange(30, 80, 10)
         others = [title for title in titles if title != self.title]
         names = [self.title] * RESULTS + [rng.choice(others) for _ in range(self.items - RESULTS)]
         codes = rng.sample([f"{letter}{digit}" for letter in COLUMNS for digit in range(1, 10)], self.items)
@@ -646,13 +652,9 @@ class Shop(World):
         else search for the title. The other acts are as sloppy ones as people do: a search by one word, opening any item
         of the list, buying any with any size.
         """
-        listed = {verdict: [item.code for item in self.results if self._verdict(item) == verdict] for verdict in ("fits", "may fit")}
-        if listed["fits"]:
-            best = [("buy", {"item": code, "size": self.size}) for code in listed["fits"]]
-        elif listed["may fit"]:
-            best = [("open", {"item": code}) for code in listed["may fit"]]
-        else:
-            best = [("search", {"query": self.title})]
+        best = [("buy", {"item": item.code, "size": self.size}) for item in self.results if self._verdict(item) == "fits"]
+        best = best or [("open", {"item": item.code}) for item in self.results if self._verdict(item) == "may fit"]
+        best = best or [("search", {"query": self.title})]
         rest = [("search", {"query": rng.choice(self.title.split())})]
         if self.results:
             code = rng.choice(self.results).code
@@ -675,7 +677,8 @@ class Shop(World):
 
     def _truths(self) -> dict[str, set[str]]:
         truths = {r"(?:want|look for) a (\w+ \w+)": {self.title}, r"of (\w+), size": {self.material}}
-        truths |= {r"size (\w)\b": {self.size}, r"up to (\d+)": {str(self.budget)}, r"The list is (empty)": set() if self.results else {"empty"}}
+        truths |= {r"size (\w)\b": {self.size}, r"up to (\d+)": {str(self.budget)}}
+        truths[r"The list is (empty)"] = set() if self.results else {"empty"}
         listed = "|".join(item.code for item in self.results) or "none"
         truths |= {rf"\b{item.code} (fits|may fit|fails on \w+)": {self._verdict(item)} for item in self.results}
         return truths | {rf"\b((?!{listed})[a-i][1-9] (?:fits|may fit|fails on \w+))": set()}  # of items that are not in the list
@@ -693,9 +696,9 @@ class Shop(World):
             self.opened.add(item.code)
             return Effect(f"You opened {item.code}.")
         size = call.arguments["size"]
-        met = [item.title == self.title, item.price <= self.budget, item.material == self.material, size == self.size and size in item.sizes]
         if size not in item.sizes:
             return Effect(f"{item.code} is not to be had in size {size}.")
+        met = [item.title == self.title, item.price <= self.budget, item.material == self.material, size == self.size]
         return Effect(f"You bought {item.code} in size {size}.", 1.0 if all(met) else sum(met) / 8, finished=True, success=all(met))
 
     def _show(self, said: str) -> str:

@@ -420,6 +420,8 @@ def test_sokoban_text_is_true_and_moves_follow_the_rules():
                 names = re.findall(r"([PXT]) (\w)(\d)", lines[-1])
                 cells = [(letter, (int(row) - 1, COLUMNS.index(column))) for letter, column, row in names]
                 assert cells == [("P", env.player)] + [("X", box) for box in env.boxes] + [("T", target) for target in env.targets]
+                ways = re.findall(r"[XT] \w\d ([^,]+)", lines[-1])
+                assert ways == [" ".join(offset(env.player, cell)) or "here" for _, cell in cells[1:]]
                 assert lines[-1].endswith(f"moves left {env.turns_left}")
                 if env.done:
                     break

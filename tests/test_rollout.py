@@ -27,7 +27,8 @@ class Ragged:
         assert len(self.heard) < self.turns
         self.heard.append(reply)
         done = len(self.heard) == self.turns
-        return Step("word " * self.rng.randrange(20), 0.5, done, done and self.turns > 2)
+        facts = len(self.heard) - 1  # the first turn states none
+        return Step("word " * self.rng.randrange(20), 0.5, done, done and self.turns > 2, done and self.turns > 1, facts, facts // 2)
 
 
 def play(policy, seeds, env_factory=Ragged, **options):
@@ -77,6 +78,8 @@ def test_an_episode_is_prompt_turns_and_results_and_the_environment_heard_its_tu
         assert rollouts.ids[row, : rollouts.lengths[row]].tolist() == expected
         assert rollouts.ids[row, rollouts.lengths[row] :].sum() == 0
         assert rollouts.rewards[row] == 0.5 * env.turns and rollouts.success[row] == (env.turns > 2)
+        assert rollouts.finished[row] == (env.turns > 1) and rollouts.factless[row] == 1
+        assert rollouts.facts[row] == sum(range(env.turns)) and rollouts.true_facts[row] == sum(n // 2 for n in range(env.turns))
 
 
 def test_labels_are_those_of_each_turn(policy, built_in):

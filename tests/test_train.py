@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = "--iterations 2 --prompts 2 --group-size 4 --minibatch 4 --eval-episodes 4 --eval-every 1 --max-turn-tokens 60 --lr 1e-3"
 ISSUE_COLUMNS = (
     "iteration seconds train_success train_reward eval_success entropy kl clip_fraction grad_norm response_tokens action_fraction "
-    "reasoning_weight_share"
+    "reasoning_weight_share reasoning_accuracy turns_without_facts train_finished"
 ).split()
 
 
@@ -74,6 +74,8 @@ def test_logs_have_their_columns_and_make_sense(both_arms):
             values = {key: float(row[key]) for key in ISSUE_COLUMNS}
             assert all(math.isfinite(value) for value in values.values())
             assert 0 <= values["train_success"] <= 1 and 0 < values["action_fraction"] < 0.5 and values["response_tokens"] > 10
+            assert 0.5 < values["reasoning_accuracy"] <= 1 and 0 <= values["turns_without_facts"] < 0.2
+            assert values["train_success"] <= values["train_finished"] <= 1
             assert values["seconds"] > 0 and values["entropy"] > 0 and values["kl"] >= 0 and 0 <= values["clip_fraction"] < 1
         assert rows[2]["seconds"] == "" and rows[2]["eval_success"] != ""
     share = {name: column(both_arms[0] / f"{name}.csv", "reasoning_weight_share")[1][0] for name in ("grpo", "actfocus")}
