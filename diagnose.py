@@ -189,7 +189,7 @@ def correlations(groups: list[dict[str, float]], rng: np.random.Generator) -> li
     for signal, tokens in [(signal, tokens) for signal in SIGNALS for tokens in TOKENS] + [("success", "")]:
         values = column[f"{signal}_{tokens}"]
         if np.nanmax(abs(values), initial=0) < 1e-4:  # the shift of a policy from itself is rounding
-            values = np.zeros_like(values)
+            values = 0 * values
         known = ~np.isnan(values)
         a, variance, success = values[known], column["reward_variance"][known], column["success"][known]
         table.append(Correlation(signal, tokens, *spearman_test(a, variance, rng), int(known.sum()), spearman(a, success)))
