@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import html
 import json
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -219,7 +220,7 @@ def summary(groups: list[dict[str, float]], table: list[Correlation]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- pictures
 def draw_bottleneck(path: Path, groups: list[dict[str, float]], table: list[Correlation], config: DiagnoseConfig) -> None:
     """Above, a point per group: energy against reward variance. Below, every correlation with its interval."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(13, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
     results = {(each.signal, each.tokens): each for each in table}
     success, variance = ([row[name] for row in groups] for name in ("success", "reward_variance"))
@@ -228,7 +229,8 @@ def draw_bottleneck(path: Path, groups: list[dict[str, float]], table: list[Corr
         energy = [row[f"energy_{tokens}"] for row in groups]
         points = each.scatter(energy, variance, c=success, cmap="viridis", vmin=0, vmax=1, s=22)
         result = results["energy", tokens]
-        each.set(title=f"{tokens} tokens: ρ = {result.rho:+.2f} [{result.low:+.2f}, {result.high:+.2f}], p = {result.p:.2g}")
+        each.set_title(f"{tokens} tokens\nρ = {result.rho:+.2f} [{result.low:+.2f}, {result.high:+.2f}], p = {result.p:.2g}", fontsize=11)
+        each.locator_params(axis="x", nbins=5)
         each.set(xlabel="mean reference energy of the group", ylabel="variance of the group's rewards" * (tokens == "action"))
         each.grid(alpha=0.3)
     above.colorbar(points, ax=axes, label="success rate of the group")
@@ -294,8 +296,8 @@ def draw_transcripts(out: Path, policy: Policy, rollouts: Rollouts, frozen: Toke
     """tokens.html: two transcripts that succeed and two that fail, as far as there are; tokens.png: the first of them."""
     action, reasoning = rollouts.labels == Segment.ACTION, rollouts.labels == Segment.REASONING
     weights = actfocus_weights(frozen.energy, reasoning, action, rollouts.response, config.alpha, config.beta)
-    ended = [torch.nonzero(rollouts.success == wanted).flatten()[:2].tolist() for wanted in (True, False)]
-    chosen = ended[0] + ended[1]
+    ended = [torch.nonzero(rollouts.success == wanted).flatten().tolist() for wanted in (True, False)]
+    chosen = ended[0][:2] + ended[1][:2]
     title = f"{config.env}: every sampled token by its ActFocus weight (alpha {config.alpha:g}, beta {config.beta:g})"
     body = []
     for row in chosen:
@@ -344,12 +346,14 @@ BODY
 
 
 def draw_tokens(path: Path, title: str, transcript: list[tuple[str, int | None]], weights: list[float], columns: int = 128) -> None:
-    """One transcript as a picture: sampled tokens in boxes, the rest in gray, the long instructions before the first turn left out."""
+    """One transcript as a picture: sampled tokens in boxes, the rest in gray without its line ends. The long instructions
+    before the first turn are left out."""
     boxes, x, y = [], 0.0, 0  # (text, weight or None, x, y)
     for n, (text, position) in enumerate(transcript):
         if position is None:  # of the first piece, what follows the instructions
             lines = text.strip().splitlines()
             lines = lines[next((i for i in reversed(range(len(lines))) if "user" in lines[i]), 0) :] if n == 0 else lines
+            lines = textwrap.wrap("⏎".join(lines), columns, drop_whitespace=False)
             y += bool(x)
             boxes += [(line, None, 0.0, y + i) for i, line in enumerate(lines)]
             x, y = 0.0, y + len(lines)
@@ -372,7 +376,8 @@ def draw_tokens(path: Path, title: str, transcript: list[tuple[str, int | None]]
         else:
             box = {"boxstyle": "square,pad=0.2", "facecolor": COLORS(SCALE(weight)), "edgecolor": "white"}
             axes.text(left, line, text, color="white" if weight > 1.1 else "black", bbox=box, **style)
-    figure.colorbar(ScalarMappable(SCALE, COLORS), ax=axes, label="weight in the loss", shrink=min(1, 6 / (1 + 0.235 * y)), aspect=30)
+    shrink = min(1, 6 / (1 + 0.235 * y))
+    figure.colorbar(ScalarMappable(SCALE, COLORS), ax=axes, label="weight in the loss", shrink=shrink, aspect=30)
     figure.savefig(path, dpi=110)
 
 
