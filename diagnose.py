@@ -34,11 +34,10 @@ from tqdm import tqdm
 
 from actfocus import actfocus_weights
 from energy import TokenStats
-from envs import make_env
 from policy import Policy, load_policy
-from rollout import Rollouts, rollout, score_all
+from rollout import Rollouts, score_all
 from segment import Segment
-from train_grpo import option, parse
+from train_grpo import option, parse, play
 
 DIAGNOSE_SEEDS = 3_000_000_000  # and on: seeds that nothing else draws
 SIGNALS = {"energy": "energy", "entropy": "entropy", "nll": "policy NLL", "shift": "log-prob shift"}
@@ -83,8 +82,7 @@ def diagnose(config: DiagnoseConfig) -> None:
     for start in tqdm(range(0, config.groups, at_once), desc="groups", unit="batch", dynamic_ncols=True):
         prompts = range(DIAGNOSE_SEEDS + start, DIAGNOSE_SEEDS + min(start + at_once, config.groups))
         seeds = [seed for seed in prompts for _ in range(config.group_size)]
-        limits = {"max_turn_tokens": config.max_turn_tokens, "max_tokens": config.max_tokens, "sampling_seed": config.seed}
-        rollouts = rollout(policy, lambda: make_env(config.env), seeds, config.temperature, **limits)
+        rollouts = play(policy, config, seeds, config.temperature, config.seed)
         frozen = score_all(reference, rollouts, config.temperature, config.micro_tokens)
         if not groups:  # pictures of tokens come from the first batch
             draw_transcripts(out, policy, rollouts, frozen, config)
@@ -299,15 +297,15 @@ def draw_transcripts(out: Path, policy: Policy, rollouts: Rollouts, frozen: Toke
     ended = [torch.nonzero(rollouts.success == wanted).flatten().tolist() for wanted in (True, False)]
     chosen = ended[0][:2] + ended[1][:2]
     title = f"{config.env}: every sampled token by its ActFocus weight (alpha {config.alpha:g}, beta {config.beta:g})"
-    body = []
-    for row in chosen:
+    transcripts, body = [pieces(policy, rollouts, row) for row in chosen], []
+    for row, transcript in zip(chosen, transcripts, strict=True):
         verdict = "success" if rollouts.success[row] else "failure"
         body.append(f"<h2>{verdict}, reward {rollouts.rewards[row]:.2f}, {rollouts.turns[row]} turns</h2><pre>")
-        for text, position in pieces(policy, rollouts, row):
-            shown = html.escape(text).replace("\n", "<i>⏎</i>\n") if position is not None else html.escape(text)
+        for text, position in transcript:
             if position is None:
-                body.append(f"<s>{shown}</s>")
+                body.append(f"<s>{html.escape(text)}</s>")
                 continue
+            shown = html.escape(text).replace("\n", "<i>⏎</i>\n")
             name, weight = Segment(rollouts.labels[row, position].item()).name, weights[row, position].item()
             energy, entropy = frozen.energy[row, position].item(), frozen.entropy[row, position].item()
             tip = f"{name} · weight {weight:.2f} · energy {energy:.2f} · entropy {entropy:.2f} nats"
@@ -318,7 +316,7 @@ def draw_transcripts(out: Path, policy: Policy, rollouts: Rollouts, frozen: Toke
     page = PAGE.replace("TITLE", html.escape(title)).replace("STOPS", stops).replace("BODY", "".join(body))
     (out / "tokens.html").write_text(page, encoding="utf-8")
     if chosen:
-        draw_tokens(out / "tokens.png", title, pieces(policy, rollouts, chosen[0]), weights[chosen[0]].tolist())
+        draw_tokens(out / "tokens.png", title, transcripts[0], weights[chosen[0]].tolist())
 
 
 PAGE = """<!doctype html>
