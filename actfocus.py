@@ -4,6 +4,8 @@
     weights    = actfocus_weights(energy, reasoning, action, response)       # the one thing that ActFocus adds
     loss       = clipped_loss(logprob, old_logprob, advantages, weights)     # alpha = 1, beta = 0 is GRPO exactly
 
+`policy_loss` is the whole loss with KL and entropy, from hidden states; `fused_policy_loss` is the same in less time and memory.
+
 The trainer counts B trajectories of T tokens; the masks say which of them the model wrote (`response`), and which of those
 are reasoning and which action. Formulas: arXiv 2605.14558; what the paper leaves open is marked "our decision".
 """
@@ -11,9 +13,12 @@ are reasoning and which action. Formulas: arXiv 2605.14558; what the paper leave
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from energy import add_matmul, checked_chunk_size, chunks, matmul
 
 EPS = 1e-6  # in the two standardisations (the paper's value for advantages; our decision for the signal's variance)
 
@@ -109,6 +114,120 @@ def clipped_loss(
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     total = weights.sum() if normalizer is None else torch.as_tensor(normalizer)
     return -(weights * gain).sum() / torch.where(total > 0, total, 1.0)
+
+
+def stats_loss(
+    logprob: Tensor, entropy: Tensor, old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
+    clip_low: float = 0.2, clip_high: float = 0.28, normalizer: Tensor | float | None = None, count: Tensor | float | None = None,
+    ref_logprob: Tensor | None = None, kl_coef: float = 0.0, entropy_coef: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`clipped_loss` plus kl_coef times the mean KL to the reference, minus entropy_coef times the mean entropy: a scalar.
+
+    All per-token arguments are (N,), without padding. The two means are over all tokens, unweighted: count is what to divide
+    their sums by, by default N; pass the whole mini-batch's tokens when micro-batches are accumulated.
+    """
+    count = len(logprob) if count is None else count
+    loss = clipped_loss(logprob, old_logprob, advantages, weights, clip_low, clip_high, normalizer)
+    if kl_coef:
+        # k1 = log pi - log ref. NOTE: its gradient is 0 on average unless the ratio stands before it (our decision).
+        loss = loss + kl_coef * ((logprob - old_logprob).exp() * (logprob - ref_logprob)).sum() / count
+    return loss - entropy_coef * entropy.sum() / count if entropy_coef else loss
+
+
+def policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, temperature: float = 1.0, **options) -> Tensor:
+    """`fused_policy_loss` without the fusion, and what it is tested against: all logits at once, gradients by autograd."""
+    logits = (hidden @ weight.T).float()  # (N, V): by far the largest tensor of a training step
+    logprob = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()  # (N,): of the raw logits
+    return stats_loss(logprob, entropy, *per_token, **options)
+
+
+def fused_policy_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
+    temperature: float = 1.0, clip_low: float = 0.2, clip_high: float = 0.28, normalizer: Tensor | float | None = None,
+    count: Tensor | float | None = None, ref_logprob: Tensor | None = None, kl_coef: float = 0.0, entropy_coef: float = 0.0,
+    chunk_size: int | None = None, return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss of N tokens, its value and gradient computed chunk by chunk: the (N, V) logits never exist, at no time twice.
+
+    hidden: (N, H), what predicts the targets, and weight: (V, H), the output embedding: float32 or bfloat16; the head's
+    gradient is summed in float32. targets: (N,) int64. The rest as in `stats_loss`: (N,) float32. temperature divides the
+    logits of the log-probs; the entropy is of the raw ones. chunk_size: tokens at a time, by default 64 MB of logits.
+    return_stats: also give logprob and entropy, (N,) each, detached. Under autocast the inputs take its dtype.
+
+    The loss is a sum over tokens, so the gradient of a chunk is known in the forward pass, and backward only hands it on (once:
+    a second backward raises RuntimeError). Raises ValueError for shapes that do not fit or for KL without ref_logprob.
+
+    >>> hidden, head = torch.zeros(1, 8, requires_grad=True), torch.zeros(4, 8)
+    >>> fused_policy_loss(hidden, head, torch.tensor([2]), torch.tensor([0.25]).log(), torch.ones(1), torch.ones(1))
+    tensor(-1., grad_fn=<_FusedPolicyLossBackward>)
+    """
+    chunk_size = checked_chunk_size(hidden, weight, targets, temperature, chunk_size)
+    per_token = {"old_logprob": old_logprob, "advantages": advantages, "weights": weights}
+    per_token |= {"ref_logprob": ref_logprob} if kl_coef else {}
+    for name, values in per_token.items():
+        if values is None or values.shape != targets.shape:
+            raise ValueError(f"{name} is {None if values is None else tuple(values.shape)}: expected one number a target, {tuple(targets.shape)}")
+    normalizer = weights.sum() if normalizer is None else normalizer
+    options = {"clip_low": clip_low, "clip_high": clip_high, "normalizer": normalizer, "kl_coef": kl_coef}
+    options |= {"entropy_coef": entropy_coef, "count": len(targets) if count is None else count}
+
+    def loss_of(rows: slice, logprob: Tensor, entropy: Tensor) -> Tensor:
+        return stats_loss(logprob, entropy, **{name: values[rows] for name, values in per_token.items()}, **options)
+
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        outputs = _FusedPolicyLoss.apply(hidden, weight, targets, temperature, chunk_size, bool(entropy_coef), loss_of)
+    return outputs if return_stats else outputs[0]
+
+
+class _FusedPolicyLoss(torch.autograd.Function):
+    """Per chunk: log-probs and entropies from the logits z, the loss's gradient by these, and by z in closed form."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk_size, with_entropy, loss_of):
+        head, wanted = weight.to(hidden.dtype), ctx.needs_input_grad
+        ctx.grads = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        ctx.dtype, loss = weight.dtype, hidden.new_zeros((), dtype=torch.float32)
+        logprob, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        for rows in chunks(len(hidden), chunk_size):
+            z = matmul(hidden[rows], head.T)  # (n, V), as are the other short names
+            logp = z.log_softmax(-1)
+            logq = logp if temperature == 1.0 else z.div_(temperature).log_softmax(-1)
+            del z
+            logprob[rows] = logq.gather(-1, targets[rows, None]).squeeze(-1)
+            entropy[rows] = -torch.linalg.vecdot(p := logp.exp(), logp)
+            with torch.enable_grad():
+                stats = [each[rows].requires_grad_() for each in (logprob.detach(), entropy.detach())]
+                part = loss_of(rows, *stats)
+                on_logprob, on_entropy = torch.autograd.grad(part, stats, allow_unused=True, materialize_grads=True)
+            loss += part.detach()
+            if not any(wanted[:2]):
+                continue
+            # d logprob / dz = (onehot(target) - q) / temperature,  q = softmax(z / temperature)
+            # d entropy / dz = -p * (log p + entropy),              p = softmax(z)
+            on_logprob, on_entropy = on_logprob[:, None] / temperature, on_entropy[:, None]  # (n, 1)
+            q = p if temperature == 1.0 else logq.exp_()
+            if with_entropy:
+                grad_z = logp.add_(entropy[rows, None]).mul_(-on_entropy).mul_(p).addcmul_(q, on_logprob, value=-1)
+            else:
+                grad_z = q.mul_(-on_logprob)
+            grad_z = grad_z.scatter_add_(-1, targets[rows, None], on_logprob).to(hidden.dtype)
+            ctx.grads[0][rows] = matmul(grad_z, head).to(hidden.dtype)
+            if wanted[1]:
+                add_matmul(ctx.grads[1], grad_z.T, hidden[rows])
+        ctx.mark_non_differentiable(logprob, entropy)
+        return loss, logprob, entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("fused_policy_loss gives its gradient once: call it again before another backward")
+        (on_hidden, on_weight), ctx.grads = ctx.grads, None  # so that the head's gradient can become .grad without a copy
+        on_weight = None if on_weight is None else on_weight.mul_(grad_loss).to(ctx.dtype)
+        return on_hidden.mul_(grad_loss), on_weight, None, None, None, None, None
 
 
 def reweight_advantages(advantages: Tensor, weights: Tensor, response: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def diagnose(config: DiagnoseConfig) -> None:
         prompts = range(DIAGNOSE_SEEDS + start, DIAGNOSE_SEEDS + min(start + at_once, config.groups))
         seeds = [seed for seed in prompts for _ in range(config.group_size)]
         rollouts = play(policy, config, seeds, config.temperature, config.seed)
-        frozen = score_all(reference, rollouts, config.temperature, config.micro_tokens)
+        frozen = score_all(reference, rollouts, rollouts.response, config.temperature, config.micro_tokens)
         if not groups:  # pictures of tokens come from the first batch
             draw_transcripts(out, policy, rollouts, frozen, config)
         groups += measure(rollouts, frozen, prompts, config.group_size)

@@ -54,18 +54,11 @@ def token_stats(
     >>> [round(x.item(), 4) for x in stats]  # four equal logits of 0: log 1/4, -log 4, log 4
     [-1.3863, -1.3863, 1.3863]
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
-        raise ValueError(f"expected hidden (N, H), weight (V, H) and targets (N,), got {shapes}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it must be positive")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
+    chunk_size = checked_chunk_size(hidden, weight, targets, temperature, chunk_size)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    chunk_size = chunk_size or max(1, CHUNK_ELEMENTS // len(weight))
     with torch.autocast(device, enabled=False):
         return TokenStats(*_TokenStats.apply(hidden, weight, targets, temperature, chunk_size))
 
@@ -78,8 +71,8 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         logprob, energy, entropy = hidden.new_empty(3, len(hidden), dtype=torch.float32)
-        for rows in _chunks(len(hidden), chunk_size):
-            z = _matmul(hidden[rows], weight.T)  # (n, V)
+        for rows in chunks(len(hidden), chunk_size):
+            z = matmul(hidden[rows], weight.T)  # (n, V)
             lse = z.logsumexp(-1)
             target_z = z.gather(-1, targets[rows, None]).squeeze(-1)
             tempered_lse = lse if temperature == 1.0 else (z / temperature).logsumexp(-1)
@@ -97,8 +90,8 @@ class _TokenStats(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(hidden), ctx.chunk_size):
-            z = _matmul(hidden[rows], weight.T)  # (n, V)
+        for rows in chunks(len(hidden), ctx.chunk_size):
+            z = matmul(hidden[rows], weight.T)  # (n, V)
             on_logprob = (grad_logprob[rows] / ctx.temperature)[:, None]  # (n, 1), as are the next two
             on_energy, on_entropy = grad_energy[rows, None], grad_entropy[rows, None]
             p = z.softmax(-1)
@@ -107,26 +100,38 @@ class _TokenStats(torch.autograd.Function):
             grad_z = z.sub_(mean_z).mul_(on_entropy).add_(on_energy).mul_(p).addcmul_(q, on_logprob).neg_()
             grad_z.scatter_add_(-1, targets[rows, None], on_logprob)
             grad_z = grad_z.to(hidden.dtype)
-            grad_hidden[rows] = _matmul(grad_z, weight).to(hidden.dtype)
+            grad_hidden[rows] = matmul(grad_z, weight).to(hidden.dtype)
             if grad_weight is not None:
-                _add_matmul(grad_weight, grad_z.T, hidden[rows])
+                add_matmul(grad_weight, grad_z.T, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def checked_chunk_size(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None) -> int:
+    """How many tokens' logits to hold at a time. Raises ValueError if the arguments of `token_stats` do not fit together."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"expected hidden (N, H), weight (V, H) and targets (N,), got {shapes}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be positive")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
+    return chunk_size or max(1, CHUNK_ELEMENTS // len(weight))
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, accumulated and returned in float32."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)  # tensor cores, no rounding of the result
     return a.float() @ b.float()
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in float32, where possible without another tensor of total's size."""
     if a.is_cuda and a.dtype != torch.float32:
-        total += _matmul(a, b)
+        total += matmul(a, b)
     else:
         total.addmm_(a.float(), b.float())
 
 
-def _chunks(n: int, size: int) -> list[slice]:
+def chunks(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -234,21 +234,22 @@ def collate(policy: Policy, rows: list[Row], stop: int) -> Rollouts:
     )
 
 
-def score(policy: Policy, rollouts: Rollouts, rows: Tensor, temperature: float) -> TokenStats:
-    """Statistics of the rows' N response tokens under a policy, packed row by row into (N,); differentiable."""
+def scored_hidden(policy: Policy, rollouts: Rollouts, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states (N, H) that predict the N tokens of some rows that are chosen, (B, T) bool, and these tokens (N,)."""
     stop = int(rollouts.lengths[rows].max())
-    ids, response = rollouts.ids[rows, :stop], rollouts.response[rows, 1:stop]  # (b, stop), (b, stop - 1)
-    with policy.autocast():
-        hidden = policy.hidden(ids[:, :-1])[response]  # (N, H): position t - 1 predicts the token at t
-        return token_stats(hidden, policy.head, ids[:, 1:][response], temperature=temperature)
+    ids, chosen = rollouts.ids[rows, :stop], chosen[rows, 1:stop]  # (b, stop), (b, stop - 1)
+    return policy.hidden(ids[:, :-1])[chosen], ids[:, 1:][chosen]  # position t - 1 predicts the token at t
 
 
 @torch.no_grad()
-def score_all(policy: Policy, rollouts: Rollouts, temperature: float, micro_tokens: int) -> TokenStats:
-    """Statistics of all response tokens, each (B, T); 0 at the others."""
+def score_all(policy: Policy, rollouts: Rollouts, chosen: Tensor, temperature: float, micro_tokens: int) -> TokenStats:
+    """Statistics of the chosen tokens, each (B, T); 0 at the others, which cost no product with the head."""
     laid_out = TokenStats(*torch.zeros(3, *rollouts.ids.shape, device=policy.device))
     for rows in rollouts.micro_batches(torch.arange(len(rollouts.ids)), micro_tokens):
-        row, position = rollouts.response[rows].nonzero(as_tuple=True)  # (N,), (N,)
-        for full, packed in zip(laid_out, score(policy, rollouts, rows, temperature), strict=True):
+        hidden, targets = scored_hidden(policy, rollouts, rows, chosen)
+        row, position = chosen[rows].nonzero(as_tuple=True)  # (N,), (N,)
+        with policy.autocast():
+            stats = token_stats(hidden, policy.head, targets, temperature=temperature)
+        for full, packed in zip(laid_out, stats, strict=True):
             full[rows.to(policy.device)[row], position] = packed
     return laid_out

@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from actfocus import clipped_loss, group_advantages, most_varied_groups
+from actfocus import fused_policy_loss, group_advantages, most_varied_groups
 from energy import TokenStats
 from envs import make_env
 from policy import Policy, load_policy
-from rollout import Rollouts, rollout, score, score_all
+from rollout import Rollouts, rollout, score_all, scored_hidden
 from segment import Segment
 
 EVAL_SEEDS = 2_000_000_000  # and on: seeds that neither training (below 1e9) nor the warm start (from 1e9) draws
@@ -131,7 +131,8 @@ def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
             rows = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
             rollouts, advantages = rollouts.take(rows), advantages[rows]
             # 6. reference statistics, and from them the weights: the one line in which the arms differ
-            frozen = score_all(reference, rollouts, config.temperature, config.micro_tokens) if reference else None
+            chosen = rollouts.response if config.kl_coef else rollouts.labels == Segment.ACTION  # KL needs all, weights these
+            frozen = score_all(reference, rollouts, chosen, config.temperature, config.micro_tokens) if reference else None
             weights = arm.weigh(rollouts, frozen)
             # 7. mini-batch updates
             row |= behaviour(rollouts, weights) | update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng)
@@ -163,26 +164,25 @@ def update(
     """One pass over the rollouts in shuffled mini-batches. Returns means over tokens (grad_norm: over steps)."""
     old = rollouts.old_logprob
     if policy.device.type == "cuda":  # in bfloat16 a cached decoding step rounds differently from a full forward pass
-        old = score_all(policy, rollouts, config.temperature, config.micro_tokens).logprob
-    clip, sums, norms = (config.clip_low, config.clip_high), torch.zeros(5, dtype=torch.float64), []
+        old = score_all(policy, rollouts, rollouts.response, config.temperature, config.micro_tokens).logprob
+    names = ("temperature", "clip_low", "clip_high", "kl_coef", "entropy_coef")
+    options, sums, norms = {name: getattr(config, name) for name in names}, torch.zeros(5, dtype=torch.float64), []
     for rows in torch.tensor(rng.sample(range(len(advantages)), len(advantages))).split(config.minibatch):
-        weight_sum, tokens = weights[rows].sum(), rollouts.response[rows].sum()
+        options |= {"normalizer": weights[rows].sum(), "count": rollouts.response[rows].sum()}  # of the whole mini-batch
         for some in rollouts.micro_batches(rows, config.micro_tokens):
+            hidden, targets = scored_hidden(policy, rollouts, some, rollouts.response)  # (N, H), (N,)
             mask = rollouts.response[some]  # (b, T); mask.sum() = N
-            stats = score(policy, rollouts, some, config.temperature)
             old_logprob, advantage = old[some][mask], advantages[some, None].expand_as(mask)[mask]  # (N,), (N,)
-            loss = clipped_loss(stats.logprob, old_logprob, advantage, weights[some][mask], *clip, normalizer=weight_sum)
-            loss = loss - config.entropy_coef * stats.entropy.sum() / tokens
-            ratio = (log_ratio := stats.logprob - old_logprob).exp()
-            if config.kl_coef:
-                # k1 = log pi - log ref. NOTE: its gradient is 0 on average unless the ratio stands before it (our decision).
-                loss = loss + config.kl_coef * (ratio * (stats.logprob - frozen.logprob[some][mask])).sum() / tokens
+            per_token = [old_logprob, advantage, weights[some][mask]]
+            options["ref_logprob"] = frozen.logprob[some][mask] if config.kl_coef else None
+            with policy.autocast():
+                loss, logprob, entropy = fused_policy_loss(hidden, policy.head, targets, *per_token, **options, return_stats=True)
             loss.backward()
-            with torch.no_grad():
-                clipped = (ratio > 1 + clip[1]) & (advantage > 0) | (ratio < 1 - clip[0]) & (advantage < 0)
-                k3 = (ratio - 1 - log_ratio).sum()
-                terms = [loss * tokens, stats.entropy.sum(), k3, clipped.sum(), torch.tensor(len(ratio))]
-                sums += torch.stack([term.cpu().double() for term in terms])
+            ratio = (log_ratio := logprob - old_logprob).exp()
+            clipped = (ratio > 1 + config.clip_high) & (advantage > 0) | (ratio < 1 - config.clip_low) & (advantage < 0)
+            k3 = (ratio - 1 - log_ratio).sum()
+            terms = [loss.detach() * options["count"], entropy.sum(), k3, clipped.sum(), torch.tensor(len(ratio))]
+            sums += torch.stack([term.cpu().double() for term in terms])
         norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item())
         if math.isfinite(norms[-1]):
             optimizer.step()
@@ -191,7 +191,7 @@ def update(
         optimizer.zero_grad()
     means = (sums[:4] / sums[4]).tolist()
     row = dict(zip(["loss", "entropy", "kl", "clip_fraction"], means, strict=True)) | {"grad_norm": sum(norms) / len(norms)}
-    if frozen:
+    if config.kl_coef:
         row["kl_reference"] = ((old - frozen.logprob) * rollouts.response).sum().item() / rollouts.response.sum().item()
     return row
 

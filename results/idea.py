@@ -19,7 +19,7 @@ from train_grpo import GRPO  # noqa: E402
 
 policy = load_policy()
 rollouts = rollout(policy, lambda: make_env("frozenlake"), list(range(64)), temperature=0.5)
-frozen = score_all(policy, rollouts, 1.0, 8192)
+frozen = score_all(policy, rollouts, rollouts.response, 1.0, 8192)
 first = rollouts.response[0].int().argmax().item()
 last = first + (~rollouts.response[0, first:]).int().argmax().item()  # the first turn of the first episode
 tokens = [policy.token_bytes(token).decode().replace("\n", "⏎") for token in rollouts.ids[0, first:last].tolist()]
