@@ -523,7 +523,8 @@ class Sudoku(World):
 
     def _facts(self, cell: tuple[int, int], rng: random.Random) -> str:
         name, seen = cell_name(cell), self._seen(cell)
-        start = f"{rng.choice(['I look at', 'Now', 'Next'])} {name}. {16 - len(self.board)} cells are empty, {self.turns_left} steps are left."
+        start = f"{rng.choice(['I look at', 'Now', 'Next'])} {name}. {16 - len(self.board)} cells are empty, "
+        start += f"{self.turns_left} steps are left."
         return f"{start} {name} sees {digits(seen)}. {name} {rng.choice(['can be', 'may hold'])} {digits({1, 2, 3, 4} - seen)}."
 
     def _truths(self) -> dict[str, set[str]]:
@@ -556,7 +557,8 @@ class Sudoku(World):
     def _show(self, said: str) -> str:
         lines = [said] * bool(said) + draw_board(4, 4, self.board)
         if self.hint and len(self.board) < 16:
-            lines.append(f"fewest choices {cell_name(self._tightest())}, sees {digits(self._seen(self._tightest()))}")
+            tightest = self._tightest()
+            lines.append(f"fewest choices {cell_name(tightest)}, sees {digits(self._seen(tightest))}")
         counts = f"empty {16 - len(self.board)}, steps left {self.turns_left}, mistakes left {self.mistakes_left}"
         return "\n".join([*lines, counts])
 
@@ -592,7 +594,7 @@ KINDS = ("shirt", "coat", "scarf", "hat", "bag", "rug")
 COLOURS = ("red", "blue", "green", "black", "white")
 MATERIALS = ("cotton", "wool", "linen", "silk")
 SIZES = ("S", "M", "L")
-RESULTS = 4  # of a search
+RESULTS = 3  # of a search
 
 
 class Item(NamedTuple):
@@ -606,7 +608,7 @@ class Item(NamedTuple):
 class Shop(World):
     """Find, look into and buy what an instruction asks for, in a small web shop in the spirit of WebShop.
 
-    The catalogue is made from the seed: one item fits, three share its title (colour and kind) and mostly fail elsewhere,
+    The catalogue is made from the seed: one item fits, two share its title (colour and kind) and mostly fail elsewhere,
     the rest have other titles. Search knows titles only; material and sizes are seen by opening an item. Any purchase ends
     the episode. It earns 1 if title, material, size and price all fit (success), else half of the share of the four that do.
     """
@@ -702,11 +704,8 @@ class Shop(World):
         return Effect(f"You bought {item.code} in size {size}.", 1.0 if all(met) else sum(met) / 8, finished=True, success=all(met))
 
     def _show(self, said: str) -> str:
-        lines = [f"- {item.code} {item.title} ${item.price}" for item in self.results]
-        lines = [
-            f"{line} {item.material} {' '.join(item.sizes)}" if item.code in self.opened else line
-            for line, item in zip(lines, self.results, strict=True)
-        ]
+        inside = {code: f" {self.stock[code].material} {' '.join(self.stock[code].sizes)}" for code in self.opened}
+        lines = [f"- {item.code} {item.title} ${item.price}{inside.get(item.code, '')}" for item in self.results]
         wanted = f"Wanted: {self.title}, {self.material}, size {self.size}, at most ${self.budget}. Turns left {self.turns_left}"
         return "\n".join([said] * bool(said) + lines + [wanted])
 

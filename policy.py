@@ -259,8 +259,7 @@ def learn_tokenizer(env, episodes: list, size: int) -> transformers.PreTrainedTo
     for seen, said in episodes:
         texts += [f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n" for shown, turn in zip(seen, said, strict=True)]
     options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, **options)
-    blank.train_from_iterator(texts, trainer)
+    blank.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, **options))
     special = {"pad_token": SPECIAL[0], "extra_special_tokens": [SPECIAL[1]], "eos_token": SPECIAL[2]}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=blank, chat_template=CHAT_TEMPLATE, **special)
 
