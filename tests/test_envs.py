@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from envs import DIRECTIONS, ENVIRONMENTS, FORMAT_PENALTY, SIZES, SUDOKU_CELLS, Call, check_arguments, check_facts, make_env, offset, read_call, write_turn
+from envs import (
+    DIRECTIONS, ENVIRONMENTS, FORMAT_PENALTY, RESULTS, SIZES, SUDOKU_CELLS,
+    Call, check_arguments, check_facts, make_env, offset, read_call, write_turn,
+)  # fmt: skip
 from segment import Segment, segment_turn
 
 COLUMNS = "abcdefghi"
@@ -545,13 +548,13 @@ def test_every_shop_has_what_is_wanted_and_its_text_is_true():
             for item in env.stock.values()
             if (item.title, item.material) == (env.title, env.material) and env.size in item.sizes and item.price <= env.budget
         ]
-        assert len(env.stock) == env.items and fitting and sum(item.title == env.title for item in env.stock.values()) == 4
+        assert len(env.stock) == env.items and fitting and sum(item.title == env.title for item in env.stock.values()) == RESULTS
         while True:
             lines = shown.splitlines()
             wanted = f"Wanted: {env.title}, {env.material}, size {env.size}, at most ${env.budget}. Turns left {env.turns_left}"
             assert lines[-1] == wanted
             listed = [line for line in lines if line.startswith("- ")]
-            assert len(listed) == len(env.results) <= 4
+            assert len(listed) == len(env.results) <= RESULTS
             for line in listed:
                 _, code, colour, kind, price, *inside = line.split()
                 item = env.stock[code]
@@ -568,7 +571,7 @@ def test_shop_searches_rank_by_words_of_the_title():
         env.reset(seed)
         colour, kind = env.title.split()
         env.step(act("search", query=f"Some {kind}, {colour.upper()}!"))
-        assert [item.title for item in env.results] == [env.title] * 4  # both words first
+        assert [item.title for item in env.results] == [env.title] * RESULTS  # both words first
         env.step(act("search", query=colour))
         assert all(colour in item.title for item in env.results) and env.results == sorted(env.results)
         assert "No title has" in env.step(act("search", query="purple")).observation and not env.results
