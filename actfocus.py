@@ -13,7 +13,6 @@ are reasoning and which action. Formulas: arXiv 2605.14558; what the paper leave
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -117,7 +116,7 @@ def clipped_loss(
 
 
 def stats_loss(
-    logprob: Tensor, entropy: Tensor, old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
+    logprob: Tensor, entropy: Tensor | None, old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
     clip_low: float = 0.2, clip_high: float = 0.28, normalizer: Tensor | float | None = None, count: Tensor | float | None = None,
     ref_logprob: Tensor | None = None, kl_coef: float = 0.0, entropy_coef: float = 0.0,
 ) -> Tensor:  # fmt: skip
@@ -138,7 +137,7 @@ def policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Ten
     """`fused_policy_loss` without the fusion, and what it is tested against: all logits at once, gradients by autograd."""
     logits = (hidden @ weight.T).float()  # (N, V): by far the largest tensor of a training step
     logprob = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
-    entropy = torch.distributions.Categorical(logits=logits).entropy()  # (N,): of the raw logits
+    entropy = torch.distributions.Categorical(logits=logits).entropy() if options.get("entropy_coef") else None  # of raw logits
     return stats_loss(logprob, entropy, *per_token, **options)
 
 

@@ -613,7 +613,7 @@ class Shop(World):
     the episode. It earns 1 if title, material, size and price all fit (success), else half of the share of the four that do.
     """
 
-    unit, skill = "turn", 0.7
+    unit, skill = "turn", 0.55
 
     def __init__(self, items: int = 30, turns: int = 8):
         bounded(items=(items, 8, 80), turns=(turns, 3, 40))

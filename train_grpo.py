@@ -130,12 +130,7 @@ def train(policy: Policy, config: Config, arm: Arm, out: Path) -> None:
             advantages = group_advantages(rollouts.rewards, config.group_size)
             rows = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
             rollouts, advantages = rollouts.take(rows), advantages[rows]
-            # 6. reference statistics, and from them the weights: the one line in which the arms differ
-            chosen = rollouts.response if config.kl_coef else rollouts.labels == Segment.ACTION  # KL needs all, weights these
-            frozen = score_all(reference, rollouts, chosen, config.temperature, config.micro_tokens) if reference else None
-            weights = arm.weigh(rollouts, frozen)
-            # 7. mini-batch updates
-            row |= behaviour(rollouts, weights) | update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng)
+            row |= learn(policy, reference, optimizer, rollouts, advantages, arm, config, rng)  # 6. and 7.
             row |= {"seconds": time.perf_counter() - began, "seconds_play": played - began}
         log(out / f"{arm.name}.csv", row)  # 8. log
         progress.set_postfix(shown := shown | {name: f"{row[name]:.2f}" for name in row if name.endswith("success")})
@@ -155,6 +150,19 @@ def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) ->
 
 def mean(values: Tensor) -> float:
     return values.float().mean().item()
+
+
+def learn(
+    policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: Tensor,
+    arm: Arm, config: Config, rng: random.Random,
+) -> dict[str, float]:  # fmt: skip
+    """What an iteration does with its rollouts. Returns columns of the log."""
+    # 6. reference statistics (KL needs them of all tokens, weights of actions), and from them the weights: where the arms differ
+    chosen = rollouts.response if config.kl_coef else rollouts.labels == Segment.ACTION
+    frozen = score_all(reference, rollouts, chosen, config.temperature, config.micro_tokens) if reference else None
+    weights = arm.weigh(rollouts, frozen)
+    # 7. mini-batch updates
+    return behaviour(rollouts, weights) | update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng)
 
 
 def update(

@@ -1,0 +1,383 @@
+"""How fast, and in how much memory, beside what one would use instead; all on the same work, in one run on one machine.
+
+    python bench.py                                     # every section, some 30 minutes on 2 CPU cores
+    python bench.py loss --tokens 4096                  # one section, one size
+    python bench.py --device cuda --shape qwen-0.5b     # a model of Qwen2.5-0.5B's shape, random weights
+
+loss       value and gradients from hidden states: full logits, selective log-softmax, chunks recomputed in backward, fused
+update     an iteration's update: ActFocus against GRPO, KL off and on
+rollout    sampled tokens a second: ours against a loop of `model.generate`, a call per turn
+iteration  play and update: ours against TRL's GRPOTrainer (optional: pip install trl)
+growth     cost per token while rows and positions grow
+
+Each result is a line on the screen and a row of bench.csv in the output folder; growth.png is drawn from its own rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from actfocus import fused_policy_loss, group_advantages, policy_loss, stats_loss
+from envs import Step, make_env
+from policy import Policy, load_policy, serve
+from rollout import Rollouts, rollout
+from train_actfocus import ActFocusConfig, actfocus
+from train_grpo import GRPO, learn
+
+SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
+    "qwen-0.5b": (896, 4864, 24, 14, 2, 151_936),
+    "qwen-3b": (2048, 11008, 36, 16, 2, 151_936),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------- loss
+def selective(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor) -> Tensor:
+    """Logits kept, but not their log-softmax: a logsumexp per block of rows, as TRL's `selective_log_softmax` has it."""
+    logits = hidden @ weight.T
+    lse = torch.cat([block.float().logsumexp(-1) for block in logits.split(256)])
+    return stats_loss(logits.gather(-1, targets[:, None]).squeeze(-1).float() - lse, None, *per_token)
+
+
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor) -> Tensor:
+    """Log-probs chunk by chunk by autograd, each chunk's logits computed again in backward."""
+
+    def logprob(hidden: Tensor, targets: Tensor) -> Tensor:
+        return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+    size = max(1, 2**24 // len(weight))
+    parts = [checkpoint(logprob, *part, use_reentrant=False) for part in zip(hidden.split(size), targets.split(size), strict=True)]
+    return stats_loss(torch.cat(parts), None, *per_token)
+
+
+LOSSES = {"full": policy_loss, "selective": selective, "chunked": chunked, "fused": fused_policy_loss}
+COPIES = {"full": 4, "selective": 2.5, "chunked": 0, "fused": 0}  # of the float32 logits, about, that a way holds at its peak
+
+
+def measure_loss(way: str, tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds and peak extra GiB of a loss's value and gradients; run in a process of its own, since peaks never fall."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def run(tokens: int, vocabulary: int) -> tuple[float, float]:
+        hidden = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator).requires_grad_()
+        weight = (0.02 * torch.randn(vocabulary, width, device=device, dtype=dtype, generator=generator)).requires_grad_()
+        targets = torch.randint(vocabulary, (tokens,), device=device, generator=generator)
+        per_token = [torch.randn(tokens, device=device, generator=generator) for _ in range(2)]
+        per_token = [per_token[0] * 0.1 - 12, per_token[1], torch.rand(tokens, device=device, generator=generator)]
+        before, began = peak_gib(device), time.perf_counter()
+        LOSSES[way](hidden, weight, targets, *per_token).backward()
+        synchronize(device)
+        return time.perf_counter() - began, peak_gib(device) - before
+
+    run(64, 1024)  # the libraries set themselves up
+    return run(tokens, vocabulary)
+
+
+def peak_gib(device: str) -> float:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def bench_loss(args: argparse.Namespace, report: Report) -> None:
+    room = torch.cuda.mem_get_info()[1] / 2**30 if args.device != "cpu" else available_gib()
+    for vocabulary in args.vocabulary:
+        for tokens in args.tokens:
+            results = {}
+            for way in LOSSES:
+                needed = (COPIES[way] * tokens + 3 * args.width) * vocabulary * 4 / 2**30
+                if needed > 0.9 * room:
+                    print(f"loss, {way}, {tokens} tokens, vocabulary {vocabulary}: left out, it needs some {needed:.0f} GiB")
+                    continue
+                flags = [way, str(tokens), str(vocabulary), str(args.width), args.device, args.dtype]
+                child = subprocess.run([sys.executable, __file__, "--child", *flags], capture_output=True, text=True)
+                if child.returncode:
+                    print(f"loss, {way}, {tokens} tokens, vocabulary {vocabulary}: failed: {child.stderr.strip().splitlines()[-1:]}")
+                    continue
+                results[way] = json.loads(child.stdout)
+            for way, (seconds, gib) in results.items():
+                base = results.get("full", (float("nan"),) * 2)
+                name = f"{way}, {tokens} tokens, vocabulary {vocabulary}"
+                report("loss", f"seconds: {name}", seconds, seconds / base[0])
+                report("loss", f"extra GiB: {name}", gib, gib / base[1])
+
+
+def available_gib() -> float:
+    """Memory that this process may still take, by the machine's count."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+
+
+# ----------------------------------------------------------------------------------------------- the work that all share
+class Babble:
+    """One turn about nothing, whose length is the limit's: the same work for everyone, whatever the model says."""
+
+    system, tools, done = "Say anything.", [], True
+
+    def reset(self, seed: int) -> str:
+        self.done = False
+        return f"Go on from {seed % 900 + 100}."
+
+    def step(self, reply: str) -> Step:
+        self.done = True
+        return Step("", reward_of(reply), True, False, True, 0, 0)
+
+
+def reward_of(reply: str) -> float:
+    return reply.count("e") / 100
+
+
+def shaped_policy(args: argparse.Namespace) -> Policy:
+    """The built-in model, or one of another's shape with random weights and the built-in tokenizer."""
+    policy = load_policy(env="frozenlake", device=args.device)
+    if args.shape:
+        hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
+        config = transformers.Qwen2Config(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True,
+            bos_token_id=None, pad_token_id=policy.tokenizer.pad_token_id, eos_token_id=policy.end_of_turn,
+        )  # fmt: skip
+        model = transformers.Qwen2ForCausalLM(config).to(args.device)
+        policy = Policy(model, policy.tokenizer, *serve(policy.tokenizer, with_tiktoken=True))
+    return policy
+
+
+def endless(policy: Policy) -> Policy:
+    """A turn ends at its limit only, so that all rows are equally long."""
+    policy.is_control = lambda token: False
+    return policy
+
+
+def timed(args: argparse.Namespace, work: Callable[[], object]) -> tuple[float, object]:
+    synchronize(args.device)
+    began = time.perf_counter()
+    result = work()
+    synchronize(args.device)
+    return time.perf_counter() - began, result
+
+
+def side_by_side(args: argparse.Namespace, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float, float]:
+    """Medians of two costs and of their ratio theirs / ours, measured in turn since the machine's speed drifts."""
+    ours(), theirs()  # warm up
+    pairs = [(ours(), theirs()) for _ in range(args.repeats)]
+    return *(statistics.median(costs) for costs in zip(*pairs, strict=True)), statistics.median(b / a for a, b in pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------------- update
+def bench_update(args: argparse.Namespace, report: Report) -> None:
+    """Reference pass, weights and mini-batches on the rollouts of one iteration, which both arms share."""
+    policy = load_policy(env="frozenlake", device=args.device)
+    seeds = [seed for seed in range(16) for _ in range(8)]
+    rollouts = rollout(policy, lambda: make_env("frozenlake"), seeds)
+    policy, reference = (shaped := shaped_policy(args)), shaped.frozen_copy()
+    for kl_coef in (0.0, 0.001):
+
+        def cost(arm, kl_coef=kl_coef) -> float:
+            config = ActFocusConfig(lr=0.0, kl_coef=kl_coef, device=args.device, micro_tokens=args.micro_tokens)
+            optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+            used = reference if arm.needs_reference or kl_coef else None
+            advantages = group_advantages(rollouts.rewards, 8)
+            return timed(args, lambda: learn(policy, used, optimizer, rollouts, advantages, arm, config, random.Random(0)))[0]
+
+        focus = actfocus(ActFocusConfig())
+        grpo, act, ratio = side_by_side(args, lambda: cost(GRPO), lambda: cost(focus))
+        report("update", f"GRPO, KL {'on' if kl_coef else 'off'}, seconds", grpo)
+        report("update", f"ActFocus, KL {'on' if kl_coef else 'off'}, seconds; ratio: over GRPO", act, ratio)
+    if args.device != "cpu":  # 2 FLOPs a weight and token forward, 4 backward; attention left out
+        flops = 6 * policy.model.num_parameters() * rollouts.lengths.sum().item()
+        report("update", f"share of a peak of {args.peak_tflops:g} TFLOP/s (GRPO with KL, reference pass left out)", flops / grpo / args.peak_tflops / 1e12)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rollout
+@torch.no_grad()
+def generate_loop(policy: Policy, seeds: list[int]) -> int:
+    """What small repositories do: each turn, the whole conversation is written out, encoded, padded on the left, and given to
+    `model.generate`. Returns how many tokens were sampled."""
+    envs, sampled = [make_env("frozenlake") for _ in seeds], 0
+    talks = [[{"role": "system", "content": env.system}, {"role": "user", "content": env.reset(seed)}] for env, seed in zip(envs, seeds, strict=True)]
+    tokenizer = policy.tokenizer
+    tokenizer.padding_side = "left"
+    while playing := [i for i, env in enumerate(envs) if not env.done]:
+        options = {"tools": envs[0].tools, "tokenize": False, "add_generation_prompt": True}
+        texts = [tokenizer.apply_chat_template(talks[i], **options) for i in playing]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(policy.device)
+        with policy.autocast():
+            ids = policy.model.generate(
+                **batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=160,
+                eos_token_id=policy.end_of_turn, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        for i, turn in zip(playing, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            ended = policy.end_of_turn in turn
+            turn = turn[: turn.index(policy.end_of_turn)] if ended else turn
+            sampled += len(turn) + ended
+            reply = tokenizer.decode(turn)
+            talks[i] += [{"role": "assistant", "content": reply}, {"role": "tool", "content": envs[i].step(reply).observation}]
+    return sampled
+
+
+def bench_rollout(args: argparse.Namespace, report: Report) -> None:
+    policy = load_policy(env="frozenlake", device=args.device)
+    seeds = [seed for seed in range(16) for _ in range(8)]
+
+    def ours() -> float:
+        seconds, rollouts = timed(args, lambda: rollout(policy, lambda: make_env("frozenlake"), seeds))
+        return seconds / rollouts.response.sum().item()
+
+    def theirs() -> float:
+        seconds, sampled = timed(args, lambda: generate_loop(policy, seeds))
+        return seconds / sampled
+
+    one, other, ratio = side_by_side(args, ours, theirs)
+    report("rollout", "ours, sampled tokens a second; ratio: over the generate loop", 1 / one, ratio)
+    report("rollout", "generate loop, sampled tokens a second", 1 / other)
+
+
+# -------------------------------------------------------------------------------------------------------------- iteration
+def bench_iteration(args: argparse.Namespace, report: Report) -> None:
+    """16 prompts x 8 completions of 256 tokens, then four optimizer steps of 32 completions."""
+    try:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        print("iteration: left out, TRL is not installed (pip install trl)")
+        return
+    policy = endless(shaped_policy(args))
+    prompts = [policy.tokenizer.decode(policy.prompt(Babble.system, [], Babble().reset(seed))) for seed in range(16)]
+    stamps: list[float] = []
+
+    def reward(completions: list[str], **_) -> list[float]:  # called once an iteration
+        stamps.append(time.perf_counter())
+        return [reward_of(each) for each in completions]
+
+    length, steps = args.completion, 4
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            folder, per_device_train_batch_size=32, steps_per_generation=steps, num_generations=8, beta=0.0, learning_rate=3e-4,
+            max_completion_length=length, generation_kwargs={"min_new_tokens": length}, temperature=1.0, top_k=0,
+            max_steps=steps * (args.repeats + 2), use_cpu=args.device == "cpu", bf16=args.device != "cpu",
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        model = shaped_policy(args).model
+        data = Dataset.from_dict({"prompt": prompts})
+        GRPOTrainer(model, reward, config, data, processing_class=policy.tokenizer).train()
+    trl = [b - a for a, b in zip(stamps, stamps[1:], strict=False)][1:]  # a reward to the next: an update and a generation
+    config = ActFocusConfig(device=args.device, entropy_coef=0.0, micro_tokens=args.micro_tokens)
+    optimizer, reference = torch.optim.AdamW(policy.model.parameters(), lr=3e-4), policy.frozen_copy()
+
+    def iteration(arm, number: int) -> None:
+        seeds = [seed for seed in range(16) for _ in range(8)]
+        rollouts = rollout(policy, Babble, seeds, max_turn_tokens=length, sampling_seed=number)
+        used = reference if arm.needs_reference else None
+        learn(policy, used, optimizer, rollouts, group_advantages(rollouts.rewards, 8), arm, config, random.Random(0))
+
+    for name, arm in (("GRPO", GRPO), ("ActFocus", actfocus(config))):
+        iteration(arm, 0)
+        ours = [timed(args, lambda: iteration(arm, number))[0] for number in range(1, args.repeats + 1)]
+        ratio = statistics.median(trl) / statistics.median(ours)
+        report("iteration", f"ours, {name}, seconds; ratio: TRL over ours", statistics.median(ours), ratio)
+    report("iteration", "TRL's GRPOTrainer, seconds", statistics.median(trl))
+
+
+# ----------------------------------------------------------------------------------------------------------------- growth
+def bench_growth(args: argparse.Namespace, report: Report) -> None:
+    """Microseconds a sampled token, of playing and of the update, while one of the two sizes grows."""
+    policy = endless(shaped_policy(args))
+    config = ActFocusConfig(device=args.device, micro_tokens=args.micro_tokens)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+
+    def costs(rows: int, positions: int) -> tuple[float, float]:
+        options = {"max_turn_tokens": positions, "max_tokens": positions}
+        play = min((timed(args, lambda: rollout(policy, Babble, list(range(rows)), **options)) for _ in range(2)), key=lambda x: x[0])
+        rollouts: Rollouts = play[1]
+        advantages = torch.ones(rows, device=args.device)
+        update = min(timed(args, lambda: learn(policy, None, optimizer, rollouts, advantages, GRPO, config, random.Random(0)))[0] for _ in range(2))
+        tokens = rollouts.response.sum().item() / 1e6
+        return play[0] / tokens, update / tokens
+
+    costs(32, 64)  # warm up
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (label, sizes) in zip(figure.subplots(1, 2, sharey=True), (("rows", args.rows), ("positions", args.positions)), strict=True):
+        series = [costs(size, 256) if label == "rows" else costs(64, size) for size in sizes]
+        for name, values in zip(("playing", "update"), zip(*series, strict=True), strict=True):
+            axes.loglog(sizes, values, "o-", label=name)
+            for size, value in zip(sizes, values, strict=True):
+                report("growth", f"{name}, {size} {label}, microseconds a token; ratio: over {sizes[0]}", value, value / values[0])
+        axes.set(xlabel=label, ylabel="microseconds a sampled token" if label == "rows" else "", xticks=sizes, xticklabels=sizes)
+        axes.minorticks_off()
+        axes.legend()
+        axes.set_title("256 positions" if label == "rows" else "64 rows")
+    figure.savefig(args.out / "growth.png", dpi=150)
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+class Report:
+    """Prints each result and keeps it in bench.csv."""
+
+    def __init__(self, path: Path, machine: str):
+        self.path, self.machine = path, machine
+        if not path.exists():
+            path.write_text("section,what,value,ratio,machine\n")
+
+    def __call__(self, section: str, what: str, value: float, ratio: float | None = None) -> None:
+        print(f"{section:10} {what:88} {value:10.4g}" + (f"   ratio {ratio:.3f}" if ratio is not None else ""), flush=True)
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow([section, what, f"{value:.6g}", "" if ratio is None else f"{ratio:.4g}", self.machine])
+
+
+SECTIONS = {"loss": bench_loss, "update": bench_update, "rollout": bench_rollout, "iteration": bench_iteration, "growth": bench_growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all if none is given")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=list(SHAPES), help="of the model in update, iteration and growth; the built-in one if not given")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="of the loss")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[600, 32_000, 151_936], help="of the loss")
+    parser.add_argument("--width", type=int, default=896, help="of the hidden states, in the loss")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the loss's inputs")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--positions", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--completion", type=int, default=256, help="tokens of each completion, in iteration")
+    parser.add_argument("--micro-tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=5, help="of what is timed in turn")
+    parser.add_argument("--peak-tflops", type=float, default=989, help="of the GPU in bfloat16; an H100's or H200's by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"there is no section {', '.join(unknown)}: choose of {', '.join(SECTIONS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} threads of {platform.machine()}"
+    report = Report(args.out / "bench.csv", f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}")
+    for section in args.sections or SECTIONS:
+        SECTIONS[section](args, report)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        way, tokens, vocabulary, width, device, dtype = sys.argv[2:]
+        print(json.dumps(measure_loss(way, int(tokens), int(vocabulary), int(width), device, getattr(torch, dtype))))
+    else:
+        main()
