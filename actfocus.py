@@ -13,11 +13,13 @@ are reasoning and which action. Formulas: arXiv 2605.14558; what the paper leave
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from energy import add_matmul, checked_chunk_size, chunks, matmul
+from energy import CHUNK_ELEMENTS, add_matmul, checked_chunk_size, chunks, matmul
 
 EPS = 1e-6  # in the two standardisations (the paper's value for advantages; our decision for the signal's variance)
 
@@ -136,8 +138,10 @@ def stats_loss(
 def policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, temperature: float = 1.0, **options) -> Tensor:
     """`fused_policy_loss` without the fusion, and what it is tested against: all logits at once, gradients by autograd."""
     logits = (hidden @ weight.T).float()  # (N, V): by far the largest tensor of a training step
-    logprob = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
-    entropy = torch.distributions.Categorical(logits=logits).entropy() if options.get("entropy_coef") else None  # of raw logits
+    logp = logits.log_softmax(-1)
+    logq = logp if temperature == 1.0 else (logits / temperature).log_softmax(-1)
+    logprob = logq.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
+    entropy = -(logp.exp() * logp).sum(-1) if options.get("entropy_coef") else None  # (N,): of the raw logits
     return stats_loss(logprob, entropy, *per_token, **options)
 
 
@@ -151,7 +155,7 @@ def fused_policy_loss(
 
     hidden: (N, H), what predicts the targets, and weight: (V, H), the output embedding: float32 or bfloat16; the head's
     gradient is summed in float32. targets: (N,) int64. The rest as in `stats_loss`: (N,) float32. temperature divides the
-    logits of the log-probs; the entropy is of the raw ones. chunk_size: tokens at a time, by default 64 MB of logits.
+    logits of the log-probs; the entropy is of the raw ones. chunk_size: tokens at a time, by default 128 MB of logits.
     return_stats: also give logprob and entropy, (N,) each, detached. Under autocast the inputs take its dtype.
 
     The loss is a sum over tokens, so the gradient of a chunk is known in the forward pass, and backward only hands it on (once:
@@ -161,7 +165,7 @@ def fused_policy_loss(
     >>> fused_policy_loss(hidden, head, torch.tensor([2]), torch.tensor([0.25]).log(), torch.ones(1), torch.ones(1))
     tensor(-1., grad_fn=<_FusedPolicyLossBackward>)
     """
-    chunk_size = checked_chunk_size(hidden, weight, targets, temperature, chunk_size)
+    chunk_size = checked_chunk_size(hidden, weight, targets, temperature, chunk_size, 2 * CHUNK_ELEMENTS)
     per_token = {"old_logprob": old_logprob, "advantages": advantages, "weights": weights}
     per_token |= {"ref_logprob": ref_logprob} if kl_coef else {}
     for name, values in per_token.items():
@@ -178,43 +182,30 @@ def fused_policy_loss(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        outputs = _FusedPolicyLoss.apply(hidden, weight, targets, temperature, chunk_size, bool(entropy_coef), loss_of)
+        outputs = _FusedPolicyLoss.apply(hidden, weight, targets, temperature, chunk_size, loss_of)
     return outputs if return_stats else outputs[0]
 
 
 class _FusedPolicyLoss(torch.autograd.Function):
-    """Per chunk: log-probs and entropies from the logits z, the loss's gradient by these, and by z in closed form."""
+    """Per chunk: the logits z, the loss and its gradient by z in their place, and from it those by hidden and weight."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk_size, with_entropy, loss_of):
+    def forward(ctx, hidden, weight, targets, temperature, chunk_size, loss_of):
         head, wanted = weight.to(hidden.dtype), ctx.needs_input_grad
         ctx.grads = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         ctx.dtype, loss = weight.dtype, hidden.new_zeros((), dtype=torch.float32)
         logprob, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        room = hidden.new_empty(min(chunk_size, len(hidden)), len(weight), dtype=torch.float32)
+        block = chunk_size if hidden.is_cuda else max(1, 2**22 // len(weight))  # a processor likes 16 MB at a time
         for rows in chunks(len(hidden), chunk_size):
-            z = matmul(hidden[rows], head.T)  # (n, V), as are the other short names
-            logp = z.log_softmax(-1)
-            logq = logp if temperature == 1.0 else z.div_(temperature).log_softmax(-1)
-            del z
-            logprob[rows] = logq.gather(-1, targets[rows, None]).squeeze(-1)
-            entropy[rows] = -torch.linalg.vecdot(p := logp.exp(), logp)
-            with torch.enable_grad():
-                stats = [each[rows].requires_grad_() for each in (logprob.detach(), entropy.detach())]
-                part = loss_of(rows, *stats)
-                on_logprob, on_entropy = torch.autograd.grad(part, stats, allow_unused=True, materialize_grads=True)
-            loss += part.detach()
-            if not any(wanted[:2]):
-                continue
-            # d logprob / dz = (onehot(target) - q) / temperature,  q = softmax(z / temperature)
-            # d entropy / dz = -p * (log p + entropy),              p = softmax(z)
-            on_logprob, on_entropy = on_logprob[:, None] / temperature, on_entropy[:, None]  # (n, 1)
-            q = p if temperature == 1.0 else logq.exp_()
-            if with_entropy:
-                grad_z = logp.add_(entropy[rows, None]).mul_(-on_entropy).mul_(p).addcmul_(q, on_logprob, value=-1)
-            else:
-                grad_z = q.mul_(-on_logprob)
-            grad_z = grad_z.scatter_add_(-1, targets[rows, None], on_logprob).to(hidden.dtype)
-            ctx.grads[0][rows] = matmul(grad_z, head).to(hidden.dtype)
+            z = matmul(hidden[rows], head.T, out=room[: rows.stop - rows.start])  # (n, V)
+            for some in chunks(len(z), block):
+                part = slice(rows.start + some.start, rows.start + some.stop)
+                value, logprob[part], entropy[part] = _to_gradient(z[some], targets[part, None], temperature, partial(loss_of, part))
+                loss += value
+            if any(wanted[:2]):
+                grad_z = z.to(hidden.dtype)
+                ctx.grads[0][rows] = matmul(grad_z, head).to(hidden.dtype)
             if wanted[1]:
                 add_matmul(ctx.grads[1], grad_z.T, hidden[rows])
         ctx.mark_non_differentiable(logprob, entropy)
@@ -226,7 +217,28 @@ class _FusedPolicyLoss(torch.autograd.Function):
             raise RuntimeError("fused_policy_loss gives its gradient once: call it again before another backward")
         (on_hidden, on_weight), ctx.grads = ctx.grads, None  # so that the head's gradient can become .grad without a copy
         on_weight = None if on_weight is None else on_weight.mul_(grad_loss).to(ctx.dtype)
-        return on_hidden.mul_(grad_loss), on_weight, None, None, None, None, None
+        return on_hidden.mul_(grad_loss), on_weight, None, None, None, None
+
+
+def _to_gradient(z: Tensor, targets: Tensor, temperature: float, loss_of: Callable) -> tuple[Tensor, ...]:
+    """(loss, logprob, entropy) of the tokens whose logits are z (n, V); z is overwritten with the loss's gradient by it."""
+    logp = z.log_softmax(-1)
+    logq = logp if temperature == 1.0 else (z / temperature).log_softmax(-1)
+    p = torch.exp(logp, out=z)
+    stats = logq.gather(-1, targets).squeeze(-1), -torch.linalg.vecdot(p, logp)
+    with torch.enable_grad():
+        loss = loss_of(*(each.requires_grad_() for each in stats))
+        on_logprob, on_entropy = torch.autograd.grad(loss, stats, allow_unused=True, materialize_grads=True)
+    # d logprob / dz = (onehot(target) - q) / temperature,  q = softmax(z / temperature)
+    # d entropy / dz = -p * (log p + entropy),              p = softmax(z)
+    on_logprob, on_entropy = on_logprob[:, None] / temperature, on_entropy[:, None]  # (n, 1)
+    on_p = logp.add_(stats[1].detach()[:, None]).mul_(on_entropy)  # (n, V)
+    if temperature == 1.0:  # q is p
+        p.mul_(on_p.add_(on_logprob)).neg_()
+    else:
+        p.mul_(on_p).addcmul_(logq.exp_(), on_logprob).neg_()
+    z.scatter_add_(-1, targets, on_logprob)
+    return loss.detach(), *(each.detach() for each in stats)
 
 
 def reweight_advantages(advantages: Tensor, weights: Tensor, response: Tensor) -> Tensor:

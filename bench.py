@@ -4,7 +4,7 @@
     python bench.py loss --tokens 4096                  # one section, one size
     python bench.py --device cuda --shape qwen-0.5b     # a model of Qwen2.5-0.5B's shape, random weights
 
-loss       value and gradients from hidden states: full logits, selective log-softmax, chunks recomputed in backward, fused
+loss       value and gradients, entropy bonus included, from hidden states: full logits, selective log-softmax, recomputed in backward, fused
 update     an iteration's update: ActFocus against GRPO, KL off and on
 rollout    sampled tokens a second: ours against a loop of `model.generate`, a call per turn
 iteration  play and update: ours against TRL's GRPOTrainer (optional: pip install trl)
@@ -27,15 +27,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from actfocus import fused_policy_loss, group_advantages, policy_loss, stats_loss
+from energy import token_stats
 from envs import Step, make_env
 from policy import Policy, load_policy, serve
 from rollout import Rollouts, rollout
@@ -49,40 +50,38 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vo
 
 
 # ------------------------------------------------------------------------------------------------------------------- loss
-def selective(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor) -> Tensor:
-    """Logits kept, but not their log-softmax: a logsumexp per block of rows, as TRL's `selective_log_softmax` has it."""
+def selective(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, entropy_coef: float) -> Tensor:
+    """Logits kept, but not their log-softmax: a logsumexp per block of rows, as TRL's `selective_log_softmax` has it. No entropy."""
     logits = hidden @ weight.T
     lse = torch.cat([block.float().logsumexp(-1) for block in logits.split(256)])
     return stats_loss(logits.gather(-1, targets[:, None]).squeeze(-1).float() - lse, None, *per_token)
 
 
-def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor) -> Tensor:
-    """Log-probs chunk by chunk by autograd, each chunk's logits computed again in backward."""
-
-    def logprob(hidden: Tensor, targets: Tensor) -> Tensor:
-        return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-
-    size = max(1, 2**24 // len(weight))
-    parts = [checkpoint(logprob, *part, use_reentrant=False) for part in zip(hidden.split(size), targets.split(size), strict=True)]
-    return stats_loss(torch.cat(parts), None, *per_token)
+def recomputed(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, chunk_size: int | None = None, **options) -> Tensor:
+    """Statistics chunk by chunk, each chunk's logits computed again in backward."""
+    stats = token_stats(hidden, weight, targets, chunk_size=chunk_size)
+    return stats_loss(stats.logprob, stats.entropy, *per_token, **options)
 
 
-LOSSES = {"full": policy_loss, "selective": selective, "chunked": chunked, "fused": fused_policy_loss}
-COPIES = {"full": 4, "selective": 2.5, "chunked": 0, "fused": 0}  # of the float32 logits, about, that a way holds at its peak
+LOSSES = {"full": policy_loss, "selective": selective, "recomputed": recomputed, "fused": fused_policy_loss}
+COPIES = {"full": 6, "selective": 3, "recomputed": 0, "fused": 0}  # of the float32 logits, about, that a way holds at its peak
 
 
-def measure_loss(way: str, tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
+def measure_loss(
+    way: str, tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype, chunk_size: int | None = None
+) -> tuple[float, float]:
     """Seconds and peak extra GiB of a loss's value and gradients; run in a process of its own, since peaks never fall."""
     generator = torch.Generator(device).manual_seed(0)
+    loss = partial(LOSSES[way], entropy_coef=0.001, **({"chunk_size": chunk_size} if chunk_size else {}))
 
     def run(tokens: int, vocabulary: int) -> tuple[float, float]:
         hidden = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator).requires_grad_()
-        weight = (0.02 * torch.randn(vocabulary, width, device=device, dtype=dtype, generator=generator)).requires_grad_()
+        weight = torch.randn(vocabulary, width, device=device, dtype=dtype, generator=generator).mul_(0.02).requires_grad_()
         targets = torch.randint(vocabulary, (tokens,), device=device, generator=generator)
         per_token = [torch.randn(tokens, device=device, generator=generator) for _ in range(2)]
         per_token = [per_token[0] * 0.1 - 12, per_token[1], torch.rand(tokens, device=device, generator=generator)]
         before, began = peak_gib(device), time.perf_counter()
-        LOSSES[way](hidden, weight, targets, *per_token).backward()
+        loss(hidden, weight, targets, *per_token).backward()
         synchronize(device)
         return time.perf_counter() - began, peak_gib(device) - before
 
@@ -377,7 +376,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        way, tokens, vocabulary, width, device, dtype = sys.argv[2:]
-        print(json.dumps(measure_loss(way, int(tokens), int(vocabulary), int(width), device, getattr(torch, dtype))))
+        way, tokens, vocabulary, width, device, dtype, *chunk_size = sys.argv[2:]
+        sizes = [int(each) for each in (tokens, vocabulary, width)]
+        print(json.dumps(measure_loss(way, *sizes, device, getattr(torch, dtype), *map(int, chunk_size))))
     else:
         main()

@@ -106,7 +106,9 @@ class _TokenStats(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def checked_chunk_size(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None) -> int:
+def checked_chunk_size(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None, elements: int = CHUNK_ELEMENTS
+) -> int:
     """How many tokens' logits to hold at a time. Raises ValueError if the arguments of `token_stats` do not fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
@@ -115,14 +117,14 @@ def checked_chunk_size(hidden: Tensor, weight: Tensor, targets: Tensor, temperat
         raise ValueError(f"temperature is {temperature}: it must be positive")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
-    return chunk_size or max(1, CHUNK_ELEMENTS // len(weight))
+    return chunk_size or max(1, elements // len(weight))
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in float32."""
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, accumulated and returned in float32, in the memory of `out` where possible."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)  # tensor cores, no rounding of the result
-    return a.float() @ b.float()
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:

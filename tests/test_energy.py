@@ -1,5 +1,6 @@
 """energy.py against float64 references: values, gradients, dtypes, chunks, memory."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -135,10 +136,11 @@ def test_refuses_what_does_not_fit():
 def test_memory_is_under_an_eighth_of_the_full_logits_way():
     """The ratio depends on N, H and the number of chunks, not on V: a ninth of Qwen's vocabulary, in as many chunks.
 
-    `python tests/memory.py` measures the full size.
+    `python bench.py loss` measures the full size.
     """
-    script = Path(__file__).with_name("memory.py")
-    command = [sys.executable, str(script), "--vocabulary", "16384", "--chunk-size", "110"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.parents[1])
-    chunked, full = (float(line.split()[-2]) for line in result.stdout.splitlines()[:2])
-    assert 0 < chunked < full / 8, result.stdout
+    extra = {}
+    for way in ("full", "recomputed", "fused"):
+        size = ["4096", "16384", "896", "cpu", "float32"] + ["110"] * (way != "full")
+        command = [sys.executable, str(Path(__file__).parents[1] / "bench.py"), "--child", way, *size]
+        extra[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[1]
+    assert 0 < extra["recomputed"] < extra["full"] / 8 and 0 < extra["fused"] < extra["full"] / 8, extra
