@@ -170,7 +170,8 @@ def fused_policy_loss(
     per_token |= {"ref_logprob": ref_logprob} if kl_coef else {}
     for name, values in per_token.items():
         if values is None or values.shape != targets.shape:
-            raise ValueError(f"{name} is {None if values is None else tuple(values.shape)}: expected one number a target, {tuple(targets.shape)}")
+            found = None if values is None else tuple(values.shape)
+            raise ValueError(f"{name} is {found}: expected one number a target, {tuple(targets.shape)}")
     normalizer = weights.sum() if normalizer is None else normalizer
     options = {"clip_low": clip_low, "clip_high": clip_high, "normalizer": normalizer, "kl_coef": kl_coef}
     options |= {"entropy_coef": entropy_coef, "count": len(targets) if count is None else count}
@@ -201,8 +202,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
             z = matmul(hidden[rows], head.T, out=room[: rows.stop - rows.start])  # (n, V)
             for some in chunks(len(z), block):
                 part = slice(rows.start + some.start, rows.start + some.stop)
-                value, logprob[part], entropy[part] = _to_gradient(z[some], targets[part, None], temperature, partial(loss_of, part))
-                loss += value
+                values = _to_gradient(z[some], targets[part, None], temperature, partial(loss_of, part))
+                loss, logprob[part], entropy[part] = loss + values[0], *values[1:]
             if any(wanted[:2]):
                 grad_z = z.to(hidden.dtype)
                 ctx.grads[0][rows] = matmul(grad_z, head).to(hidden.dtype)

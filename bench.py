@@ -4,7 +4,7 @@
     python bench.py loss --tokens 4096                  # one section, one size
     python bench.py --device cuda --shape qwen-0.5b     # a model of Qwen2.5-0.5B's shape, random weights
 
-loss       value and gradients, entropy bonus included, from hidden states: full logits, selective log-softmax, recomputed in backward, fused
+loss       value and gradients, entropy bonus included: all logits, selective log-softmax, recomputed in backward, fused
 update     an iteration's update: ActFocus against GRPO, KL off and on
 rollout    sampled tokens a second: ours against a loop of `model.generate`, a call per turn
 iteration  play and update: ours against TRL's GRPOTrainer (optional: pip install trl)
@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from actfocus import fused_policy_loss, group_advantages, policy_loss, stats_los
 from energy import token_stats
 from envs import Step, make_env
 from policy import Policy, load_policy, serve
-from rollout import Rollouts, rollout
+from rollout import rollout
 from train_actfocus import ActFocusConfig, actfocus
 from train_grpo import GRPO, learn
 
@@ -51,16 +52,16 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vo
 
 # ------------------------------------------------------------------------------------------------------------------- loss
 def selective(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, entropy_coef: float) -> Tensor:
-    """Logits kept, but not their log-softmax: a logsumexp per block of rows, as TRL's `selective_log_softmax` has it. No entropy."""
+    """Logits kept, but not their log-softmax: a logsumexp per block, as in TRL's `selective_log_softmax`. Without the entropy."""
     logits = hidden @ weight.T
     lse = torch.cat([block.float().logsumexp(-1) for block in logits.split(256)])
     return stats_loss(logits.gather(-1, targets[:, None]).squeeze(-1).float() - lse, None, *per_token)
 
 
-def recomputed(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, chunk_size: int | None = None, **options) -> Tensor:
+def recomputed(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, entropy_coef: float, **options) -> Tensor:
     """Statistics chunk by chunk, each chunk's logits computed again in backward."""
-    stats = token_stats(hidden, weight, targets, chunk_size=chunk_size)
-    return stats_loss(stats.logprob, stats.entropy, *per_token, **options)
+    stats = token_stats(hidden, weight, targets, **options)
+    return stats_loss(stats.logprob, stats.entropy, *per_token, entropy_coef=entropy_coef)
 
 
 LOSSES = {"full": policy_loss, "selective": selective, "recomputed": recomputed, "fused": fused_policy_loss}
@@ -113,7 +114,7 @@ def bench_loss(args: argparse.Namespace, report: Report) -> None:
                 flags = [way, str(tokens), str(vocabulary), str(args.width), args.device, args.dtype]
                 child = subprocess.run([sys.executable, __file__, "--child", *flags], capture_output=True, text=True)
                 if child.returncode:
-                    print(f"loss, {way}, {tokens} tokens, vocabulary {vocabulary}: failed: {child.stderr.strip().splitlines()[-1:]}")
+                    print(f"loss, {way}, {tokens} tokens, vocabulary {vocabulary}: failed: {child.stderr.strip()[-200:]}")
                     continue
                 results[way] = json.loads(child.stdout)
             for way, (seconds, gib) in results.items():
@@ -206,7 +207,8 @@ def bench_update(args: argparse.Namespace, report: Report) -> None:
         report("update", f"ActFocus, KL {'on' if kl_coef else 'off'}, seconds; ratio: over GRPO", act, ratio)
     if args.device != "cpu":  # 2 FLOPs a weight and token forward, 4 backward; attention left out
         flops = 6 * policy.model.num_parameters() * rollouts.lengths.sum().item()
-        report("update", f"share of a peak of {args.peak_tflops:g} TFLOP/s (GRPO with KL, reference pass left out)", flops / grpo / args.peak_tflops / 1e12)
+        what = f"share of a peak of {args.peak_tflops:g} TFLOP/s (GRPO with KL, reference pass left out)"
+        report("update", what, flops / grpo / args.peak_tflops / 1e12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rollout
@@ -214,9 +216,9 @@ def bench_update(args: argparse.Namespace, report: Report) -> None:
 def generate_loop(policy: Policy, seeds: list[int]) -> int:
     """What small repositories do: each turn, the whole conversation is written out, encoded, padded on the left, and given to
     `model.generate`. Returns how many tokens were sampled."""
-    envs, sampled = [make_env("frozenlake") for _ in seeds], 0
-    talks = [[{"role": "system", "content": env.system}, {"role": "user", "content": env.reset(seed)}] for env, seed in zip(envs, seeds, strict=True)]
-    tokenizer = policy.tokenizer
+    envs, talks, sampled, tokenizer = [make_env("frozenlake") for _ in seeds], [], 0, policy.tokenizer
+    for env, seed in zip(envs, seeds, strict=True):
+        talks.append([{"role": "system", "content": env.system}, {"role": "user", "content": env.reset(seed)}])
     tokenizer.padding_side = "left"
     while playing := [i for i, env in enumerate(envs) if not env.done]:
         options = {"tools": envs[0].tools, "tokenize": False, "add_generation_prompt": True}
@@ -307,17 +309,17 @@ def bench_growth(args: argparse.Namespace, report: Report) -> None:
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
 
     def costs(rows: int, positions: int) -> tuple[float, float]:
-        options = {"max_turn_tokens": positions, "max_tokens": positions}
-        play = min((timed(args, lambda: rollout(policy, Babble, list(range(rows)), **options)) for _ in range(2)), key=lambda x: x[0])
-        rollouts: Rollouts = play[1]
-        advantages = torch.ones(rows, device=args.device)
-        update = min(timed(args, lambda: learn(policy, None, optimizer, rollouts, advantages, GRPO, config, random.Random(0)))[0] for _ in range(2))
+        limits = {"max_turn_tokens": positions, "max_tokens": positions}
+        plays = [timed(args, lambda: rollout(policy, Babble, range(rows), **limits)) for _ in range(2)]
+        seconds, rollouts = min(plays, key=itemgetter(0))
+        learning = [policy, None, optimizer, rollouts, torch.ones(rows, device=args.device), GRPO, config]
         tokens = rollouts.response.sum().item() / 1e6
-        return play[0] / tokens, update / tokens
+        return seconds / tokens, min(timed(args, lambda: learn(*learning, random.Random(0)))[0] for _ in range(2)) / tokens
 
     costs(32, 64)  # warm up
     figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (label, sizes) in zip(figure.subplots(1, 2, sharey=True), (("rows", args.rows), ("positions", args.positions)), strict=True):
+    growing = {"rows": args.rows, "positions": args.positions}
+    for axes, (label, sizes) in zip(figure.subplots(1, 2, sharey=True), growing.items(), strict=True):
         series = [costs(size, 256) if label == "rows" else costs(64, size) for size in sizes]
         for name, values in zip(("playing", "update"), zip(*series, strict=True), strict=True):
             axes.loglog(sizes, values, "o-", label=name)
@@ -345,14 +347,15 @@ class Report:
             csv.writer(file).writerow([section, what, f"{value:.6g}", "" if ratio is None else f"{ratio:.4g}", self.machine])
 
 
-SECTIONS = {"loss": bench_loss, "update": bench_update, "rollout": bench_rollout, "iteration": bench_iteration, "growth": bench_growth}
+BENCHES = (bench_loss, bench_update, bench_rollout, bench_iteration, bench_growth)
+SECTIONS = {each.__name__.removeprefix("bench_"): each for each in BENCHES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all if none is given")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", choices=list(SHAPES), help="of the model in update, iteration and growth; the built-in one if not given")
+    parser.add_argument("--shape", choices=list(SHAPES), help="of the model but in rollout; the built-in one if not given")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="of the loss")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[600, 32_000, 151_936], help="of the loss")
     parser.add_argument("--width", type=int, default=896, help="of the hidden states, in the loss")
