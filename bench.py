@@ -117,11 +117,10 @@ def bench_loss(args: argparse.Namespace, report: Report) -> None:
                     print(f"loss, {way}, {tokens} tokens, vocabulary {vocabulary}: failed: {child.stderr.strip()[-200:]}")
                     continue
                 results[way] = json.loads(child.stdout)
-            for way, (seconds, gib) in results.items():
-                base = results.get("full", (float("nan"),) * 2)
-                name = f"{way}, {tokens} tokens, vocabulary {vocabulary}"
-                report("loss", f"seconds: {name}", seconds, seconds / base[0])
-                report("loss", f"extra GiB: {name}", gib, gib / base[1])
+            for way, costs in results.items():
+                for unit, cost, base in zip(("seconds", "extra GiB"), costs, results.get("full", (0, 0)), strict=True):
+                    what = f"{unit}: {way}, {tokens} tokens, vocabulary {vocabulary}"
+                    report("loss", what, cost, cost / base if base else None)  # small work may not show in the peak
 
 
 def available_gib() -> float:
@@ -189,7 +188,7 @@ def side_by_side(args: argparse.Namespace, ours: Callable[[], float], theirs: Ca
 def bench_update(args: argparse.Namespace, report: Report) -> None:
     """Reference pass, weights and mini-batches on the rollouts of one iteration, which both arms share."""
     policy = load_policy(env="frozenlake", device=args.device)
-    seeds = [seed for seed in range(16) for _ in range(8)]
+    seeds = [seed for seed in range(args.prompts) for _ in range(8)]
     rollouts = rollout(policy, lambda: make_env("frozenlake"), seeds)
     policy, reference = (shaped := shaped_policy(args)), shaped.frozen_copy()
     for kl_coef in (0.0, 0.001):
@@ -240,7 +239,7 @@ def generate_loop(policy: Policy, seeds: list[int]) -> int:
 
 def bench_rollout(args: argparse.Namespace, report: Report) -> None:
     policy = load_policy(env="frozenlake", device=args.device)
-    seeds = [seed for seed in range(16) for _ in range(8)]
+    seeds = [seed for seed in range(args.prompts) for _ in range(8)]
 
     def ours() -> float:
         seconds, rollouts = timed(args, lambda: rollout(policy, lambda: make_env("frozenlake"), seeds))
@@ -351,7 +350,7 @@ BENCHES = (bench_loss, bench_update, bench_rollout, bench_iteration, bench_growt
 SECTIONS = {each.__name__.removeprefix("bench_"): each for each in BENCHES}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all if none is given")
     parser.add_argument("--device", default="cpu")
@@ -362,12 +361,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the loss's inputs")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     parser.add_argument("--positions", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--prompts", type=int, default=16, help="of 8 rollouts each, in update and rollout")
     parser.add_argument("--completion", type=int, default=256, help="tokens of each completion, in iteration")
     parser.add_argument("--micro-tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5, help="of what is timed in turn")
     parser.add_argument("--peak-tflops", type=float, default=989, help="of the GPU in bfloat16; an H100's or H200's by default")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"there is no section {', '.join(unknown)}: choose of {', '.join(SECTIONS)}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,54 @@
+"""bench.py, every section but TRL's on the smallest work; its figures are not judged here."""
+
+import csv
+import sys
+
+import pytest
+import torch
+
+import bench
+
+
+def run(out, *flags):
+    bench.main([*flags, "--out", str(out), "--repeats", "1", "--device", "cpu"])
+    with (out / "bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["value"]) > 0 and (not row["ratio"] or float(row["ratio"]) > 0) for row in rows if "GiB" not in row["what"])
+    return [f"{row['section']}: {row['what']}" for row in rows]
+
+
+def test_the_sections_run(built_in, tmp_path):
+    sizes = "--prompts 1 --rows 2 4 --positions 24 32 --tokens 64 --vocabulary 600".split()
+    what = run(tmp_path, "loss", "update", "rollout", "growth", *sizes)
+    assert sum(each.startswith("loss: seconds") for each in what) == len(bench.LOSSES)
+    assert sum(each.startswith("update: ActFocus, KL") for each in what) == 2
+    assert "rollout: generate loop, sampled tokens a second" in what
+    assert sum("positions" in each for each in what) == 4 and (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_another_shape_and_a_missing_trl(built_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.SHAPES, "tiny", (32, 64, 1, 2, 1, 1000))
+    monkeypatch.setitem(sys.modules, "trl", None)
+    what = run(tmp_path, "update", "iteration", "--shape", "tiny", "--prompts", "1")
+    assert what and not any(each.startswith("iteration") for each in what)
+    assert "TRL is not installed" in capsys.readouterr().out
+
+
+def test_every_loss_gives_the_same_gradient():
+    rng = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(40, 16, generator=rng), torch.randn(30, 16, generator=rng)
+    targets, advantages = torch.randint(30, (40,), generator=rng), torch.randn(40, generator=rng)
+    old = (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    gradients = {}
+    for name, loss in bench.LOSSES.items():
+        leaf = hidden.clone().requires_grad_()
+        loss(leaf, head, targets, old, advantages, torch.ones(40), entropy_coef=0.0).backward()
+        gradients[name] = leaf.grad
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients["full"], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_an_unknown_section_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["speed", "--out", str(tmp_path)])
+    assert "there is no section speed" in capsys.readouterr().err
