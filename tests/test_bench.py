@@ -18,7 +18,7 @@ def run(out, *flags):
 
 
 def test_the_sections_run(built_in, tmp_path):
-    sizes = "--prompts 1 --rows 2 4 --positions 24 32 --tokens 64 --vocabulary 600".split()
+    sizes = "--prompts 1 --rows 2 4 --positions 64 96 --tokens 64 --vocabulary 600".split()
     what = run(tmp_path, "loss", "update", "rollout", "growth", *sizes)
     assert sum(each.startswith("loss: seconds") for each in what) == len(bench.LOSSES)
     assert sum(each.startswith("update: ActFocus, KL") for each in what) == 2
