@@ -1,4 +1,4 @@
-"""ActFocus on one screen: token weights, group advantages, the clipped loss. Tensors in, tensors out.
+"""The method: token weights, group advantages, the loss. Tensors in, tensors out.
 
     advantages = group_advantages(rewards, group_size)                       # GRPO
     weights    = actfocus_weights(energy, reasoning, action, response)       # the one thing that ActFocus adds
@@ -135,14 +135,20 @@ def stats_loss(
     return loss - entropy_coef * entropy.sum() / count if entropy_coef else loss
 
 
-def policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, temperature: float = 1.0, **options) -> Tensor:
-    """`fused_policy_loss` without the fusion, and what it is tested against: all logits at once, gradients by autograd."""
+def policy_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
+    temperature: float = 1.0, **options,
+) -> Tensor:  # fmt: skip
+    """The loss of N tokens, written out: all logits at once, gradients by autograd. options: those of `stats_loss`.
+
+    hidden: (N, H), what predicts the targets (N,); weight: (V, H), the output embedding; the others (N,).
+    """
     logits = (hidden @ weight.T).float()  # (N, V): by far the largest tensor of a training step
     logp = logits.log_softmax(-1)
     logq = logp if temperature == 1.0 else (logits / temperature).log_softmax(-1)
     logprob = logq.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
     entropy = -(logp.exp() * logp).sum(-1) if options.get("entropy_coef") else None  # (N,): of the raw logits
-    return stats_loss(logprob, entropy, *per_token, **options)
+    return stats_loss(logprob, entropy, old_logprob, advantages, weights, **options)
 
 
 def fused_policy_loss(
@@ -151,11 +157,12 @@ def fused_policy_loss(
     count: Tensor | float | None = None, ref_logprob: Tensor | None = None, kl_coef: float = 0.0, entropy_coef: float = 0.0,
     chunk_size: int | None = None, return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss of N tokens, its value and gradient computed chunk by chunk: the (N, V) logits never exist, at no time twice.
+    """`policy_loss`, its value and gradient computed chunk by chunk: the (N, V) logits never exist.
 
     hidden: (N, H), what predicts the targets, and weight: (V, H), the output embedding: float32 or bfloat16; the head's
     gradient is summed in float32. targets: (N,) int64. The rest as in `stats_loss`: (N,) float32. temperature divides the
-    logits of the log-probs; the entropy is of the raw ones. chunk_size: tokens at a time, by default 128 MB of logits.
+    logits of the log-probs; the entropy is of the raw ones. chunk_size: tokens at a time, by default 128 MB of logits
+    (CUDA: 512).
     return_stats: also give logprob and entropy, (N,) each, detached. Under autocast the inputs take its dtype.
 
     The loss is a sum over tokens, so the gradient of a chunk is known in the forward pass, and backward only hands it on (once:
@@ -165,7 +172,8 @@ def fused_policy_loss(
     >>> fused_policy_loss(hidden, head, torch.tensor([2]), torch.tensor([0.25]).log(), torch.ones(1), torch.ones(1))
     tensor(-1., grad_fn=<_FusedPolicyLossBackward>)
     """
-    chunk_size = checked_chunk_size(hidden, weight, targets, temperature, chunk_size, 2 * CHUNK_ELEMENTS)
+    at_once = 8 * CHUNK_ELEMENTS if hidden.is_cuda else 2 * CHUNK_ELEMENTS  # a GPU wants few products, and large ones
+    chunk_size = checked_chunk_size(hidden, weight, targets, temperature, chunk_size, at_once)
     per_token = {"old_logprob": old_logprob, "advantages": advantages, "weights": weights}
     per_token |= {"ref_logprob": ref_logprob} if kl_coef else {}
     for name, values in per_token.items():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import platform
 import random
@@ -52,7 +53,7 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vo
 
 # ------------------------------------------------------------------------------------------------------------------- loss
 def selective(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, entropy_coef: float) -> Tensor:
-    """Logits kept, but not their log-softmax: a logsumexp per block, as in TRL's `selective_log_softmax`. Without the entropy."""
+    """Logits kept, but not their log-softmax: a logsumexp per block, as in `selective_log_softmax` of many trainers. No entropy."""
     logits = hidden @ weight.T
     lse = torch.cat([block.float().logsumexp(-1) for block in logits.split(256)])
     return stats_loss(logits.gather(-1, targets[:, None]).squeeze(-1).float() - lse, None, *per_token)
@@ -64,8 +65,17 @@ def recomputed(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tens
     return stats_loss(stats.logprob, stats.entropy, *per_token, entropy_coef=entropy_coef)
 
 
-LOSSES = {"full": policy_loss, "selective": selective, "recomputed": recomputed, "fused": fused_policy_loss}
-COPIES = {"full": 6, "selective": 3, "recomputed": 0, "fused": 0}  # of the float32 logits, about, that a way holds at its peak
+def trl(hidden: Tensor, weight: Tensor, targets: Tensor, *per_token: Tensor, entropy_coef: float) -> Tensor:
+    """The fused head of TRL 1.16's GRPOTrainer: tiles of the vocabulary, computed again in backward (Triton on CUDA)."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE
+
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TILE, None, 1.0, ("entropy",))
+    return stats_loss(logprob, entropy, *per_token, entropy_coef=entropy_coef)
+
+
+LOSSES = {"full": policy_loss, "selective": selective, "recomputed": recomputed, "trl": trl, "fused": fused_policy_loss}
+COPIES = {"full": 6, "selective": 3, "recomputed": 0, "trl": 0, "fused": 0}  # of the logits that a way holds, about
 
 
 def measure_loss(
@@ -81,10 +91,14 @@ def measure_loss(
         targets = torch.randint(vocabulary, (tokens,), device=device, generator=generator)
         per_token = [torch.randn(tokens, device=device, generator=generator) for _ in range(2)]
         per_token = [per_token[0] * 0.1 - 12, per_token[1], torch.rand(tokens, device=device, generator=generator)]
-        before, began = peak_gib(device), time.perf_counter()
-        loss(hidden, weight, targets, *per_token).backward()
-        synchronize(device)
-        return time.perf_counter() - began, peak_gib(device) - before
+        before, seconds = peak_gib(device), []
+        for _ in range(2):  # the first pays for fresh memory
+            hidden.grad = weight.grad = None
+            began = time.perf_counter()
+            loss(hidden, weight, targets, *per_token).backward()
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds), peak_gib(device) - before
 
     run(64, 1024)  # the libraries set themselves up
     return run(tokens, vocabulary)
@@ -178,9 +192,9 @@ def timed(args: argparse.Namespace, work: Callable[[], object]) -> tuple[float, 
 
 
 def side_by_side(args: argparse.Namespace, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float, float]:
-    """Medians of two costs and of their ratio theirs / ours, measured in turn since the machine's speed drifts."""
+    """Medians of two costs and of their ratio theirs / ours, measured in turns, since the machine's speed drifts."""
     ours(), theirs()  # warm up
-    pairs = [(ours(), theirs()) for _ in range(args.repeats)]
+    pairs = [(ours(), theirs()) if i % 2 else (theirs(), ours())[::-1] for i in range(args.repeats)]
     return *(statistics.median(costs) for costs in zip(*pairs, strict=True)), statistics.median(b / a for a, b in pairs)
 
 
@@ -195,7 +209,7 @@ def bench_update(args: argparse.Namespace, report: Report) -> None:
 
         def cost(arm, kl_coef=kl_coef) -> float:
             config = ActFocusConfig(lr=0.0, kl_coef=kl_coef, device=args.device, micro_tokens=args.micro_tokens)
-            optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+            optimizer = torch.optim.Adam(policy.model.parameters(), lr=0.0)
             used = reference if arm.needs_reference or kl_coef else None
             advantages = group_advantages(rollouts.rewards, 8)
             return timed(args, lambda: learn(policy, used, optimizer, rollouts, advantages, arm, config, random.Random(0)))[0]
@@ -263,41 +277,47 @@ def bench_iteration(args: argparse.Namespace, report: Report) -> None:
     except ImportError:
         print("iteration: left out, TRL is not installed (pip install trl)")
         return
-    policy = endless(shaped_policy(args))
-    prompts = [policy.tokenizer.decode(policy.prompt(Babble.system, [], Babble().reset(seed))) for seed in range(16)]
+    policy, length, steps = endless(shaped_policy(args)), args.completion, 4
+    config = ActFocusConfig(device=args.device, entropy_coef=0.0, micro_tokens=args.micro_tokens)
+    optimizer, reference, number = torch.optim.AdamW(policy.model.parameters(), lr=3e-4), policy.frozen_copy(), itertools.count()
+
+    def ours(arm) -> float:
+        def iteration() -> None:
+            seeds = [seed for seed in range(16) for _ in range(8)]
+            rollouts = rollout(policy, Babble, seeds, max_turn_tokens=length, sampling_seed=next(number))
+            used = reference if arm.needs_reference else None
+            learn(policy, used, optimizer, rollouts, group_advantages(rollouts.rewards, 8), arm, config, random.Random(0))
+
+        return timed(args, iteration)[0]
+
     stamps: list[float] = []
 
     def reward(completions: list[str], **_) -> list[float]:  # called once an iteration
         stamps.append(time.perf_counter())
         return [reward_of(each) for each in completions]
 
-    length, steps = args.completion, 4
-    with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            folder, per_device_train_batch_size=32, steps_per_generation=steps, num_generations=8, beta=0.0, learning_rate=3e-4,
-            max_completion_length=length, generation_kwargs={"min_new_tokens": length}, temperature=1.0, top_k=0,
-            max_steps=steps * (args.repeats + 2), use_cpu=args.device == "cpu", bf16=args.device != "cpu",
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        model = shaped_policy(args).model
-        data = Dataset.from_dict({"prompt": prompts})
-        GRPOTrainer(model, reward, config, data, processing_class=policy.tokenizer).train()
-    trl = [b - a for a, b in zip(stamps, stamps[1:], strict=False)][1:]  # a reward to the next: an update and a generation
-    config = ActFocusConfig(device=args.device, entropy_coef=0.0, micro_tokens=args.micro_tokens)
-    optimizer, reference = torch.optim.AdamW(policy.model.parameters(), lr=3e-4), policy.frozen_copy()
+    def theirs() -> list[float]:
+        prompts = [policy.tokenizer.decode(policy.prompt(Babble.system, [], Babble().reset(seed))) for seed in range(16)]
+        with tempfile.TemporaryDirectory() as folder:
+            options = GRPOConfig(
+                folder, per_device_train_batch_size=32, steps_per_generation=steps, num_generations=8, beta=0.0, learning_rate=3e-4,
+                max_completion_length=length, generation_kwargs={"min_new_tokens": length}, temperature=1.0, top_k=0,
+                max_steps=steps * (args.repeats + 2), use_cpu=args.device == "cpu", bf16=args.device != "cpu",
+                gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            data = Dataset.from_dict({"prompt": prompts})
+            GRPOTrainer(shaped_policy(args).model, reward, options, data, processing_class=policy.tokenizer).train()
+        return [b - a for a, b in zip(stamps, stamps[1:], strict=False)][1:]  # a reward to the next: an update and a generation
 
-    def iteration(arm, number: int) -> None:
-        seeds = [seed for seed in range(16) for _ in range(8)]
-        rollouts = rollout(policy, Babble, seeds, max_turn_tokens=length, sampling_seed=number)
-        used = reference if arm.needs_reference else None
-        learn(policy, used, optimizer, rollouts, group_advantages(rollouts.rewards, 8), arm, config, random.Random(0))
-
-    for name, arm in (("GRPO", GRPO), ("ActFocus", actfocus(config))):
-        iteration(arm, 0)
-        ours = [timed(args, lambda: iteration(arm, number))[0] for number in range(1, args.repeats + 1)]
-        ratio = statistics.median(trl) / statistics.median(ours)
-        report("iteration", f"ours, {name}, seconds; ratio: TRL over ours", statistics.median(ours), ratio)
-    report("iteration", "TRL's GRPOTrainer, seconds", statistics.median(trl))
+    arms, costs = {"GRPO": GRPO, "ActFocus": actfocus(config)}, {"GRPO": [], "ActFocus": []}
+    for turn in range(2):  # ours before and after, since the machine's speed drifts
+        for name, arm in arms.items():
+            costs[name] += [ours(arm) for _ in range(1 + args.repeats // 2)][turn == 0 :]
+        trl_costs = theirs() if turn == 0 else trl_costs
+    for name in arms:
+        ratio = statistics.median(trl_costs) / statistics.median(costs[name])
+        report("iteration", f"ours, {name}, seconds; ratio: TRL over ours", statistics.median(costs[name]), ratio)
+    report("iteration", "TRL's GRPOTrainer, seconds", statistics.median(trl_costs))
 
 
 # ----------------------------------------------------------------------------------------------------------------- growth

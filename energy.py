@@ -113,6 +113,8 @@ def checked_chunk_size(
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"expected hidden (N, H), weight (V, H) and targets (N,), got {shapes}")
+    if torch.float16 in (hidden.dtype, weight.dtype):  # its gradients underflow, and a GradScaler would come too late
+        raise ValueError("hidden or weight is float16: give float32 or bfloat16")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
     if chunk_size is not None and chunk_size < 1:
@@ -123,14 +125,15 @@ def checked_chunk_size(
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, accumulated and returned in float32, in the memory of `out` where possible."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)  # tensor cores, no rounding of the result
+        room = {} if out is None else {"out": out}
+        return torch.mm(a, b, out_dtype=torch.float32, **room)  # tensor cores, no rounding of the result
     return torch.mm(a.float(), b.float(), out=out)
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in float32, where possible without another tensor of total's size."""
+    """total += a @ b in float32, without another tensor of total's size."""
     if a.is_cuda and a.dtype != torch.float32:
-        total += matmul(a, b)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
 

@@ -147,25 +147,26 @@ def rollout(
     rows = start_rows(policy, env_factory, seeds, sampling_seed, max_tokens)
     finished: list[Row] = []
     cache = Cache(layers=[PreallocatedLayer() for _ in range(policy.model.config.num_hidden_layers)])
-    position, hidden = prefill(policy, rows, cache)
-    while True:
-        # `hidden` predicts the token at `position`: a row that does not know that token yet samples it.
-        tokens, logprobs = sample(hidden, policy.head, temperature, [row.luck[position] for row in rows])
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            if not row.done and len(row.ids) == position:
-                row.sample(token, logprob)
-                if policy.is_control(token) or len(row.turn) == max_turn_tokens:
-                    row.end_turn(policy)
-        position += 1
-        playing = [i for i, row in enumerate(rows) if not row.done]
-        if not playing or position == max_tokens:
-            return collate(policy, sorted(finished + rows, key=lambda row: row.index), position)
-        if len(playing) < 0.9 * len(rows):  # finished rows leave the batch, several at a time since the cache is copied
-            finished += [row for row in rows if row.done]
-            rows = [rows[i] for i in playing]
-            cache.batch_select_indices(torch.tensor(playing, device=policy.device))
-        fed = [row.ids[position - 1] if position <= len(row.ids) else 0 for row in rows]
-        hidden = policy.hidden(torch.tensor(fed, device=policy.device)[:, None], cache)[:, -1]  # (rows, H)
+    with policy.autocast():  # once around all steps: it casts the weights once
+        position, hidden = prefill(policy, rows, cache)
+        while True:
+            # `hidden` predicts the token at `position`: a row that does not know that token yet samples it.
+            tokens, logprobs = sample(hidden, policy.head, temperature, [row.luck[position] for row in rows])
+            for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+                if not row.done and len(row.ids) == position:
+                    row.sample(token, logprob)
+                    if policy.is_control(token) or len(row.turn) == max_turn_tokens:
+                        row.end_turn(policy)
+            position += 1
+            playing = [i for i, row in enumerate(rows) if not row.done]
+            if not playing or position == max_tokens:
+                return collate(policy, sorted(finished + rows, key=lambda row: row.index), position)
+            if len(playing) < 0.9 * len(rows):  # finished rows leave the batch, several at a time since the cache is copied
+                finished += [row for row in rows if row.done]
+                rows = [rows[i] for i in playing]
+                cache.batch_select_indices(torch.tensor(playing, device=policy.device))
+            fed = [row.ids[position - 1] if position <= len(row.ids) else 0 for row in rows]
+            hidden = policy.hidden(torch.tensor(fed, device=policy.device)[:, None], cache)[:, -1]  # (rows, H)
 
 
 def start_rows(policy: Policy, env_factory: Callable, seeds: Sequence[int], sampling_seed: int, max_tokens: int) -> list[Row]:
@@ -199,7 +200,8 @@ def prefill(policy: Policy, rows: list[Row], cache: Cache) -> tuple[int, Tensor]
 
 def sample(hidden: Tensor, head: Tensor, temperature: float, luck: list[float]) -> tuple[list[int], list[float]]:
     """A token id and its log-prob per row, by inverting the cumulative distribution at the row's random number."""
-    logprobs = (hidden.float() @ head.T / temperature).log_softmax(-1)  # (rows, V)
+    with torch.autocast(hidden.device.type, enabled=False):  # what is sampled from is not rounded
+        logprobs = (hidden.float() @ head.T / temperature).log_softmax(-1)  # (rows, V)
     cumulative = logprobs.exp().cumsum(-1)
     points = torch.tensor(np.array(luck), device=hidden.device)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=logprobs.shape[1] - 1)  # (rows, 1)

@@ -93,7 +93,7 @@ def run(config: Config, arms: list[Arm]) -> None:
     out.mkdir(parents=True, exist_ok=bool(config.out))
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     start = copy.deepcopy(policy.model.state_dict())
-    print(f"results go to {out}\nA GRPO loss near zero is normal: advantages sum to zero in each group. Watch success instead.")
+    print(f"results go to {out}\nThe loss says little, and GRPO's is often near zero. Watch success instead.")
     try:
         for arm in arms:
             policy.model.load_state_dict(start)

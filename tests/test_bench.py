@@ -1,6 +1,7 @@
 """bench.py, every section but TRL's on the smallest work; its figures are not judged here."""
 
 import csv
+import importlib.util
 import sys
 
 import pytest
@@ -20,7 +21,7 @@ def run(out, *flags):
 def test_the_sections_run(built_in, tmp_path):
     sizes = "--prompts 1 --rows 2 4 --positions 64 96 --tokens 64 --vocabulary 600".split()
     what = run(tmp_path, "loss", "update", "rollout", "growth", *sizes)
-    assert sum(each.startswith("loss: seconds") for each in what) == len(bench.LOSSES)
+    assert sum(each.startswith("loss: seconds") for each in what) >= len(bench.LOSSES) - 1  # TRL is optional
     assert sum(each.startswith("update: ActFocus, KL") for each in what) == 2
     assert "rollout: generate loop, sampled tokens a second" in what
     assert sum("positions" in each for each in what) == 4 and (tmp_path / "growth.png").stat().st_size > 10_000
@@ -41,6 +42,8 @@ def test_every_loss_gives_the_same_gradient():
     old = (hidden @ head.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     gradients = {}
     for name, loss in bench.LOSSES.items():
+        if name == "trl" and not importlib.util.find_spec("trl"):
+            continue
         leaf = hidden.clone().requires_grad_()
         loss(leaf, head, targets, old, advantages, torch.ones(40), entropy_coef=0.0).backward()
         gradients[name] = leaf.grad

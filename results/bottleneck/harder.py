@@ -21,7 +21,7 @@ class HarderLake(FrozenLake):
 
 class HarderSokoban(Sokoban):
     def demonstrate(self, rng, skill):
-        needs = self._needs((self.player, self.boxes))  # 99 once it is lost: then any move will do
+        needs = self._needs((self.player, self.boxes))  # 99 if it is lost or too far: then a best move is never played
         return super().demonstrate(rng, skill ** (needs / 3))
 
 

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-print("| run | success | action | decision | reasoning | all | entropy at the decision | success rate itself | ρ(decision, success) |")
+print("| run | success | action | decision | reasoning | all | ρ(entropy of the decision, variance) | ρ(success, variance) | ρ(decision, success) |")
 print("|---|---|---|---|---|---|---|---|---|")
 for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/correlations.csv")):
     with (folder / "groups.csv").open() as file:
