@@ -21,7 +21,6 @@ import itertools
 import json
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -107,7 +106,7 @@ def measure_loss(
 def peak_gib(device: str) -> float:
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+    return kilobytes("/proc/self/status", "VmHWM") / 2**20  # not getrusage's ru_maxrss, which starts at the parent's
 
 
 def synchronize(device: str) -> None:
@@ -116,7 +115,7 @@ def synchronize(device: str) -> None:
 
 
 def bench_loss(args: argparse.Namespace, report: Report) -> None:
-    room = torch.cuda.mem_get_info()[1] / 2**30 if args.device != "cpu" else available_gib()
+    room = torch.cuda.mem_get_info()[1] / 2**30 if args.device != "cpu" else kilobytes("/proc/meminfo", "MemAvailable") / 2**20
     for vocabulary in args.vocabulary:
         for tokens in args.tokens:
             results = {}
@@ -137,10 +136,9 @@ def bench_loss(args: argparse.Namespace, report: Report) -> None:
                     report("loss", what, cost, cost / base if base else None)  # small work may not show in the peak
 
 
-def available_gib() -> float:
-    """Memory that this process may still take, by the machine's count."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+def kilobytes(path: str, field: str) -> int:
+    """A line of Linux's counts."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(field + ":"))
 
 
 # ----------------------------------------------------------------------------------------------- the work that all share

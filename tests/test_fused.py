@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICES
 
 from actfocus import fused_policy_loss, policy_loss
 
@@ -19,16 +20,16 @@ def case(seed, n=50, width=16, vocabulary=40, dtype=torch.float32):
     return hidden, head, targets, old, advantages, weights, reference
 
 
-def run(loss_of, case, dtype, **options):
+def run(loss_of, case, dtype, device="cpu", **options):
     """Value and gradients of a loss, in float64."""
-    hidden, head, targets, *rest = case
+    hidden, head, targets, *rest = (x.to(device) for x in case)
     leaves = [x.detach().clone().to(dtype).requires_grad_() for x in (hidden, head)]
     *per_token, reference = [x.to(dtype if dtype == torch.float64 else torch.float32) for x in rest]
     if options.get("kl_coef"):
         options["ref_logprob"] = reference
     loss = loss_of(*leaves, targets, *per_token, **options)
     loss.backward()
-    return loss.item(), *(leaf.grad.double() for leaf in leaves)
+    return loss.item(), *(leaf.grad.double().cpu() for leaf in leaves)
 
 
 def far(a, b):
@@ -45,32 +46,35 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("seed, n, chunk_size", [(0, 50, 7), (1, 50, None), (2, 1, 1), (3, 64, 64)])
-def test_value_and_gradient_are_those_of_the_plain_loss(options, seed, n, chunk_size):
+def test_value_and_gradient_are_those_of_the_plain_loss(options, seed, n, chunk_size, device):
     some = case(seed, n)
     exact, *expected = run(policy_loss, some, torch.float64, **options)
-    loss, *found = run(fused_policy_loss, some, torch.float32, chunk_size=chunk_size, **options)
+    loss, *found = run(fused_policy_loss, some, torch.float32, device, chunk_size=chunk_size, **options)
     assert loss == pytest.approx(exact, rel=1e-4, abs=1e-6)
     for a, b in zip(found, expected, strict=True):
         assert far(a, b) < 1e-4 or b.norm() == 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_bfloat16_keeps_two_digits(options):
+def test_bfloat16_keeps_two_digits(options, device):
     some = case(4, n=400, dtype=torch.bfloat16)  # the inputs are rounded before both
     _, *expected = run(policy_loss, some, torch.float64, **options)
-    _, *found = run(fused_policy_loss, some, torch.bfloat16, chunk_size=100, **options)
+    _, *found = run(fused_policy_loss, some, torch.bfloat16, device, chunk_size=100, **options)
     for a, b in zip(found, expected, strict=True):
         assert far(a, b) < 1e-2
 
 
-def test_the_head_gradient_is_summed_in_float32_under_autocast():
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_head_gradient_is_summed_in_float32_under_autocast(device):
     """A float32 head under autocast, in chunks of one: a bfloat16 sum of so many small parts would be far off."""
     some = case(5, n=3000)
     _, _, whole = run(policy_loss, (some[0].bfloat16(), some[1].bfloat16(), *some[2:]), torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
-        _, _, found = run(fused_policy_loss, some, torch.float32, chunk_size=1)
+    with torch.autocast(device, torch.bfloat16):
+        _, _, found = run(fused_policy_loss, some, torch.float32, device, chunk_size=1)
     assert far(found, whole) < 3e-3
 
 

@@ -37,8 +37,13 @@ def test_the_code_of_the_readme_runs():
 
 
 def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"\]\((?!http)([^)]+)\)", README) + PATH + ["requirements.txt", "LICENSE"]:
+    for name in re.findall(r"\]\((?!http|#)([^)]+)\)", README) + PATH + ["requirements.txt", "LICENSE"]:
         assert (ROOT / name).exists(), name
+
+
+def test_anchors_of_the_readme_lead_somewhere():
+    headings = {re.sub(r"[^\w\- ]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", README, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
 
 
 def test_the_reading_path_stays_short():

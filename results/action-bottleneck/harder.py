@@ -1,4 +1,4 @@
-"""The Action Bottleneck after a demonstrator that errs more where the way is longer: python results/bottleneck/harder.py
+"""The Action Bottleneck after a demonstrator that errs more where the way is longer: python results/action-bottleneck/harder.py
 
 The default demonstrator plays a best move with the same probability everywhere, so nothing in its lessons makes one board more
 uncertain than another. People are not like that: who is one move from the end sees it, who is five moves away often does not.
@@ -25,9 +25,13 @@ class HarderSokoban(Sokoban):
         return super().demonstrate(rng, skill ** (needs / 3))
 
 
-ENVIRONMENTS |= {"frozenlake-harder": HarderLake, "sokoban-harder": HarderSokoban}  # the built-in model is made and kept by name
+def main() -> None:
+    ENVIRONMENTS.update({"frozenlake-harder": HarderLake, "sokoban-harder": HarderSokoban})  # the built-in model is made and kept by name
+    for env in ("sokoban-harder", "frozenlake-harder"):
+        for temperature in (1.0, 0.5):
+            name = env if temperature == 1 else f"{env}-t05"
+            diagnose(DiagnoseConfig(env=env, temperature=temperature, out=str(Path(__file__).with_name(name))))
 
-for env in ("sokoban-harder", "frozenlake-harder"):
-    for temperature in (1.0, 0.5):
-        name = env if temperature == 1 else f"{env}-t05"
-        diagnose(DiagnoseConfig(env=env, temperature=temperature, out=str(Path(__file__).with_name(name))))
+
+if __name__ == "__main__":
+    main()
