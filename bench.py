@@ -1,6 +1,6 @@
 """How fast, and in how much memory, beside what one would use instead; all on the same work, in one run on one machine.
 
-    python bench.py                                     # every section, some 30 minutes on 2 CPU cores
+    python bench.py                                     # every section, some 45 minutes on 2 CPU cores
     python bench.py loss --tokens 4096                  # one section, one size
     python bench.py --device cuda --shape qwen-0.5b     # a model of Qwen2.5-0.5B's shape, random weights
 
@@ -8,7 +8,7 @@ loss       value and gradients, entropy bonus included: all logits, selective lo
 update     an iteration's update: ActFocus against GRPO, KL off and on
 rollout    sampled tokens a second: ours against a loop of `model.generate`, a call per turn
 iteration  play and update: ours against TRL's GRPOTrainer (optional: pip install trl)
-growth     cost per token while rows and positions grow
+growth     cost per token while rows, positions and vocabulary grow
 
 Each result is a line on the screen and a row of bench.csv in the output folder; growth.png is drawn from its own rows.
 """
@@ -320,32 +320,39 @@ def bench_iteration(args: argparse.Namespace, report: Report) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- growth
 def bench_growth(args: argparse.Namespace, report: Report) -> None:
-    """Microseconds a sampled token, of playing and of the update, while one of the two sizes grows."""
+    """Microseconds a sampled token (the least over the repeats) while one size grows: of playing and the update, and of the loss."""
     policy = endless(shaped_policy(args))
     config = ActFocusConfig(device=args.device, micro_tokens=args.micro_tokens)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
 
     def costs(rows: int, positions: int) -> tuple[float, float]:
         limits = {"max_turn_tokens": positions, "max_tokens": positions}
-        plays = [timed(args, lambda: rollout(policy, Babble, range(rows), **limits)) for _ in range(2)]
-        seconds, rollouts = min(plays, key=itemgetter(0))
+        seconds, rollouts = timed(args, lambda: rollout(policy, Babble, range(rows), **limits))
         learning = [policy, None, optimizer, rollouts, torch.ones(rows, device=args.device), GRPO, config]
         tokens = rollouts.response.sum().item() / 1e6
-        return seconds / tokens, min(timed(args, lambda: learn(*learning, random.Random(0)))[0] for _ in range(2)) / tokens
+        return seconds / tokens, timed(args, lambda: learn(*learning, random.Random(0)))[0] / tokens
 
-    costs(32, 64)  # warm up
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    growing = {"rows": args.rows, "positions": args.positions}
-    for axes, (label, sizes) in zip(figure.subplots(1, 2, sharey=True), growing.items(), strict=True):
-        series = [costs(size, 256) if label == "rows" else costs(64, size) for size in sizes]
-        for name, values in zip(("playing", "update"), zip(*series, strict=True), strict=True):
-            axes.loglog(sizes, values, "o-", label=name)
+    def panel(axes, label: str, sizes: list[int], rounds: list, names: tuple[str, str], title: str) -> None:
+        """Rounds (repeats, sizes, 2): all sizes in turn, since the machine's speed drifts."""
+        for name, values in zip(names, torch.tensor(rounds).amin(0).T.tolist(), strict=True):
+            axes.loglog(sizes, values, "o-", base=2, label=name)
             for size, value in zip(sizes, values, strict=True):
                 report("growth", f"{name}, {size} {label}, microseconds a token; ratio: over {sizes[0]}", value, value / values[0])
-        axes.set(xlabel=label, ylabel="microseconds a sampled token" if label == "rows" else "", xticks=sizes, xticklabels=sizes)
-        axes.minorticks_off()
+        axes.set(title=title, xlabel=label, ylabel="microseconds a sampled token", xticks=sizes, xticklabels=sizes)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
         axes.legend()
-        axes.set_title("256 positions" if label == "rows" else "64 rows")
+
+    costs(32, 64)  # warm up
+    figure, repeats, names = Figure(figsize=(13, 4), layout="constrained"), range(args.repeats), ("playing", "update")
+    left, middle, right = figure.subplots(1, 3)
+    middle.sharey(left)
+    panel(left, "rows", args.rows, [[costs(size, 256) for size in args.rows] for _ in repeats], names, "256 positions")
+    panel(middle, "positions", args.positions, [[costs(64, size) for size in args.positions] for _ in repeats], names, "64 rows")
+    loss = partial(measure_loss, tokens=1024, width=args.width, device=args.device, dtype=getattr(torch, args.dtype))
+    ways, title = ("full", "fused"), f"the loss alone: 1024 tokens, width {args.width}"
+    rounds = [[[loss(way, vocabulary=size)[0] / 1024e-6 for way in ways] for size in args.vocabulary] for _ in repeats]
+    panel(right, "vocabulary", args.vocabulary, rounds, ("all logits", "fused"), title)
     figure.savefig(args.out / "growth.png", dpi=150)
 
 
@@ -361,7 +368,7 @@ class Report:
     def __call__(self, section: str, what: str, value: float, ratio: float | None = None) -> None:
         print(f"{section:10} {what:88} {value:10.4g}" + (f"   ratio {ratio:.3f}" if ratio is not None else ""), flush=True)
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([section, what, f"{value:.6g}", "" if ratio is None else f"{ratio:.4g}", self.machine])
+            csv.writer(file, lineterminator="\n").writerow([section, what, f"{value:.6g}", "" if ratio is None else f"{ratio:.4g}", self.machine])
 
 
 BENCHES = (bench_loss, bench_update, bench_rollout, bench_iteration, bench_growth)
