@@ -261,7 +261,7 @@ def column(path: Path, name: str) -> tuple[list[int], list[float]]:
 def draw(out: Path) -> None:
     """curves.png: every arm that the folder has a log of, one panel a quantity."""
     figure = Figure(figsize=(16, 7), layout="constrained")
-    for axes, (name, (title, label)) in zip(figure.subplots(2, 4).flat, PANELS.items(), strict=True):
+    for axes, (name, (title, label)) in zip(figure.subplots(2, 4, subplot_kw={"ymargin": 0.12}).flat, PANELS.items(), strict=True):
         for path in logs(out):
             arm, color = ARMS[path.stem]
             axes.plot(*column(path, name), "o-" if name == "eval_success" else "-", color=color, label=arm)
