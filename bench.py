@@ -175,6 +175,12 @@ def shaped_policy(args: argparse.Namespace) -> Policy:
     return policy
 
 
+def stock(policy: Policy) -> Policy:
+    """With attention as transformers has it, for what is compared with."""
+    policy.model.set_attn_implementation("sdpa")
+    return policy
+
+
 def endless(policy: Policy) -> Policy:
     """A turn ends at its limit only, so that all rows are equally long."""
     policy.is_control = lambda token: False
@@ -250,7 +256,7 @@ def generate_loop(policy: Policy, seeds: list[int]) -> int:
 
 
 def bench_rollout(args: argparse.Namespace, report: Report) -> None:
-    policy = load_policy(env="frozenlake", device=args.device)
+    policy, plain = load_policy(env="frozenlake", device=args.device), stock(load_policy(env="frozenlake", device=args.device))
     seeds = [seed for seed in range(args.prompts) for _ in range(8)]
 
     def ours() -> float:
@@ -258,7 +264,7 @@ def bench_rollout(args: argparse.Namespace, report: Report) -> None:
         return seconds / rollouts.response.sum().item()
 
     def theirs() -> float:
-        seconds, sampled = timed(args, lambda: generate_loop(policy, seeds))
+        seconds, sampled = timed(args, lambda: generate_loop(plain, seeds))
         return seconds / sampled
 
     one, other, ratio = side_by_side(args, ours, theirs)
@@ -304,7 +310,7 @@ def bench_iteration(args: argparse.Namespace, report: Report) -> None:
                 gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
             )  # fmt: skip
             data = Dataset.from_dict({"prompt": prompts})
-            GRPOTrainer(shaped_policy(args).model, reward, options, data, processing_class=policy.tokenizer).train()
+            GRPOTrainer(stock(shaped_policy(args)).model, reward, options, data, processing_class=policy.tokenizer).train()
         return [b - a for a, b in zip(stamps, stamps[1:], strict=False)][1:]  # a reward to the next: an update and a generation
 
     arms, costs = {"GRPO": GRPO, "ActFocus": actfocus(config)}, {"GRPO": [], "ActFocus": []}

@@ -32,11 +32,13 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from envs import make_env
 
@@ -55,6 +57,8 @@ class Policy:
     _openings: dict = field(init=False, default_factory=dict)
 
     def __post_init__(self):
+        if self.model.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation("packed_sdpa")
         self.bytes_of += [b""] * (len(self.head) - len(self.bytes_of))  # checkpoints pad their vocabulary with ids of no token
         closing, after = self._framing(["system", "user", "assistant", "tool"])[3:]
         self.end_of_turn, *self._before_result = self.encode_framing(closing or "?")
@@ -122,6 +126,20 @@ class Policy:
     def save(self, folder: Path) -> None:  # a checkpoint that `load_policy(folder)` and any Hugging Face tool can load
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def packed_sdpa(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options) -> tuple[Tensor, None]:
+    """transformers' SDPA; but where every row feeds one token, query (B, heads, 1, D), the heads that share a key-value head
+    become its query positions, so that the cache is read once, not once per query head. Decoding waits for little else."""
+    if query.shape[2] > 1 or mask is not None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    packed = query.reshape(len(query), key.shape[1], -1, query.shape[3])  # (B, kv heads, heads / kv heads, D)
+    out = scaled_dot_product_attention(packed, key, value, scale=options.get("scaling"))
+    return out.reshape(len(query), 1, -1, value.shape[3]), None  # (B, 1, heads, D)
+
+
+transformers.AttentionInterface.register("packed_sdpa", packed_sdpa)
+transformers.AttentionMaskInterface.register("packed_sdpa", sdpa_mask)
 
 
 def load_policy(model: str | None = None, env: str = "frozenlake", device: str = "cpu", **warm_start) -> Policy:

@@ -93,10 +93,7 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     turn: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        return bool(self.steps) and self.steps[-1].done
+    done: bool = False
 
     def force(self, ids: list[int]) -> None:
         """Append tokens that the model did not sample."""
@@ -116,7 +113,7 @@ class Row:
         ended = self.turn[-1] == policy.end_of_turn
         self.labels += segment_turn(pieces, policy.token_bytes(policy.end_of_turn))
         step = self.env.step(b"".join(pieces[: len(pieces) - ended]).decode(errors="replace"))
-        self.turn = []
+        self.turn, self.done = [], step.done
         self.steps.append(step)
         if not step.done:
             # A turn that was cut, or that ended in another control token, is closed for the model: what it wrote cannot pose
@@ -145,7 +142,7 @@ def rollout(
     if not len(seeds) or not temperature > 0:
         raise ValueError(f"{len(seeds)} seeds at temperature {temperature}: both must be positive")
     rows = start_rows(policy, env_factory, seeds, sampling_seed, max_tokens)
-    finished: list[Row] = []
+    finished, device = [], policy.device
     cache = Cache(layers=[PreallocatedLayer() for _ in range(policy.model.config.num_hidden_layers)])
     with policy.autocast():  # once around all steps: it casts the weights once
         position, hidden = prefill(policy, rows, cache)
@@ -153,7 +150,7 @@ def rollout(
             # `hidden` predicts the token at `position`: a row that does not know that token yet samples it.
             tokens, logprobs = sample(hidden, policy.head, temperature, [row.luck[position] for row in rows])
             for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-                if not row.done and len(row.ids) == position:
+                if len(row.ids) == position and not row.done:
                     row.sample(token, logprob)
                     if policy.is_control(token) or len(row.turn) == max_turn_tokens:
                         row.end_turn(policy)
@@ -164,9 +161,9 @@ def rollout(
             if len(playing) < 0.9 * len(rows):  # finished rows leave the batch, several at a time since the cache is copied
                 finished += [row for row in rows if row.done]
                 rows = [rows[i] for i in playing]
-                cache.batch_select_indices(torch.tensor(playing, device=policy.device))
+                cache.batch_select_indices(torch.tensor(playing, device=device))
             fed = [row.ids[position - 1] if position <= len(row.ids) else 0 for row in rows]
-            hidden = policy.hidden(torch.tensor(fed, device=policy.device)[:, None], cache)[:, -1]  # (rows, H)
+            hidden = policy.hidden(torch.tensor(fed, device=device)[:, None], cache)[:, -1]  # (rows, H)
 
 
 def start_rows(policy: Policy, env_factory: Callable, seeds: Sequence[int], sampling_seed: int, max_tokens: int) -> list[Row]:

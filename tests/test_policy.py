@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import TINY
+from conftest import DEVICES, TINY
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import policy as policy_module
@@ -63,6 +63,36 @@ QWEN25_TEMPLATE = r"""{%- if tools %}
 
 def as_text(policy, ids):
     return b"".join(policy.token_bytes(token) for token in ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 1), (6, 2), (4, 4)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_packed_attention_is_sdpa(heads, kv_heads, device):
+    """One new token a row takes the packed way, more tokens or a mask take transformers' own; a model with either gives the same."""
+    config = transformers.Qwen2Config(
+        vocab_size=50, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.Qwen2ForCausalLM(config).to(device).eval(), torch.randint(50, (5, 12), device=device)
+    padding = torch.ones_like(ids).index_fill_(1, torch.arange(3, device=device), 0)
+    for mask in (None, padding):
+        hidden = {}
+        for way in ("sdpa", "packed_sdpa"):
+            model.set_attn_implementation(way)
+            with torch.no_grad():
+                cache = transformers.DynamicCache()
+                first = model.model(ids[:, :9], None if mask is None else mask[:, :9], past_key_values=cache, use_cache=True)
+                states = [first.last_hidden_state[:, 3:]]
+                for stop in (10, 11, 12):
+                    seen = None if mask is None else mask[:, :stop]
+                    states.append(model.model(ids[:, stop - 1 : stop], seen, past_key_values=cache).last_hidden_state)
+            hidden[way] = torch.cat(states, dim=1)
+        torch.testing.assert_close(hidden["packed_sdpa"], hidden["sdpa"], atol=1e-5, rtol=1e-5)
+
+
+def test_every_policy_decodes_packed(tiny, tiny_folder):
+    for policy in (tiny, load_policy(str(tiny_folder)), tiny.frozen_copy()):
+        assert policy.model.config._attn_implementation == "packed_sdpa"
 
 
 # -------------------------------------------------------------------------------------------------- text and control tokens

@@ -49,7 +49,7 @@ def test_anchors_of_the_readme_lead_somewhere():
 def test_the_reading_path_stays_short():
     lines = {name: len((ROOT / name).read_text().splitlines()) for name in PATH}
     del lines["envs.py"]  # four worlds, one readable file
-    assert sum(lines.values()) <= 1400 and max(lines.values()) <= 320, lines
+    assert sum(lines.values()) <= 1420 and max(lines.values()) <= 320, lines
 
 
 def test_the_files_of_the_first_floor_import_nothing_that_trains():
