@@ -52,6 +52,7 @@ class DiagnoseConfig:
     model: str = option("", "the reference: checkpoint folder or hub id of a causal LM; the built-in model if not given")
     checkpoint: str = option("", "folder of a trained policy that plays instead of the reference")
     skill: float = option(0.0, "of the built-in model's demonstrator, which sets how well it plays; 0 means the world's own", 0, 1)
+    warm_start_seed: int = option(0, "of the built-in model: another one is another model", 0)
     groups: int = option(128, "prompts", 8)
     group_size: int = option(16, "rollouts of each prompt", 2)
     temperature: float = option(1.0, "sampling temperature", 0.01)
@@ -69,7 +70,8 @@ class DiagnoseConfig:
 def diagnose(config: DiagnoseConfig) -> None:
     """Play the groups, measure each, correlate, draw."""
     try:
-        reference = load_policy(config.model or None, config.env, config.device, skill=config.skill)
+        shape = {"skill": config.skill, "seed": config.warm_start_seed}
+        reference = load_policy(config.model or None, config.env, config.device, **shape)
         policy = load_policy(config.checkpoint, config.env, config.device) if config.checkpoint else reference
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None

@@ -1,13 +1,16 @@
 """The README's code runs, its commands exist, and its claims about the files hold."""
 
 import re
+import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 from actfocus import actfocus_weights, clipped_loss, fused_policy_loss, group_advantages, reweight_advantages
 from energy import token_energy, token_stats
 from segment import Segment, segment_turn
+from train_grpo import column
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,8 +40,10 @@ def test_the_code_of_the_readme_runs():
 
 
 def test_files_that_the_readme_names_exist():
-    for name in re.findall(r"\]\((?!http|#)([^)]+)\)", README) + PATH + ["requirements.txt", "LICENSE"]:
-        assert (ROOT / name).exists(), name
+    for page in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        for name in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / name).exists(), name
+    assert all((ROOT / name).exists() for name in PATH + ["requirements.txt", "LICENSE"])
 
 
 def test_anchors_of_the_readme_lead_somewhere():
@@ -57,3 +62,26 @@ def test_the_files_of_the_first_floor_import_nothing_that_trains():
     for name in ("segment.py", "energy.py", "actfocus.py", "envs.py"):
         imports = re.findall(rf"^(?:from|import) ({ours})\b", (ROOT / name).read_text(), re.M)
         assert imports == ["energy"] * (name == "actfocus.py"), name
+
+
+def figures(run):
+    """What the README says of a run: of each arm evaluation success before and after, and the mean of training, in %."""
+    arms = {}
+    for arm in ("grpo", "actfocus"):
+        success, training = (column(ROOT / "results" / run / f"{arm}.csv", name)[1] for name in ("eval_success", "train_success"))
+        arms[arm] = [100 * x for x in (success[0], success[-1], success[-1] - success[0], sum(training) / len(training))]
+    return arms
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_figures_of_the_readme_are_those_of_the_logs(seed):
+    grpo, focus = figures(f"frozenlake/seed{seed}").values()
+    row = f"| `python train_actfocus.py --seed {seed}` | {grpo[0]:.1f} % | {grpo[1]:.1f} % ({grpo[2]:+.1f}) | {focus[1]:.1f} % ({focus[2]:+.1f}) |"
+    assert f"{row} {grpo[3]:.1f} % | {focus[3]:.1f} % |" in README
+
+
+def test_the_notebook_lists_every_run(capsys):
+    path = ROOT / "results" / "table.py"
+    runpy.run_path(str(path))["main"]([])
+    table = capsys.readouterr().out
+    assert table in (ROOT / "results" / "README.md").read_text()
