@@ -97,12 +97,16 @@ def diagnose(config: DiagnoseConfig) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- what a group shows
+def turn_numbers(rollouts: Rollouts) -> Tensor:
+    """(B, T) int64: which turn, from 1, a sampled token belongs to; at any other position, the last turn before it."""
+    starts = rollouts.response & ~torch.nn.functional.pad(rollouts.response, (1, 0))[:, :-1]
+    return starts.cumsum(1)
+
+
 def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
     """Masks (B, T). `decision` is the action token of each turn at which the reference's entropy is highest: in a JSON call
     most tokens are boilerplate, and this one decides."""
-    action = rollouts.labels == Segment.ACTION
-    starts = rollouts.response & ~torch.nn.functional.pad(rollouts.response, (1, 0))[:, :-1]
-    turn = starts.cumsum(1)  # (B, T): number of the turn, from 1
+    action, turn = rollouts.labels == Segment.ACTION, turn_numbers(rollouts)
     entropy = frozen.entropy.masked_fill(~action, -1.0)
     highest = torch.full_like(entropy, -1.0).scatter_reduce(1, turn, entropy, "amax").gather(1, turn)
     reasoning = rollouts.labels == Segment.REASONING
@@ -247,8 +251,8 @@ def draw_bottleneck(path: Path, groups: list[dict[str, float]], table: list[Corr
             if not np.isnan(result.rho):
                 bars = [[result.rho - result.low], [result.high - result.rho]]
                 axes.errorbar([x], [result.rho], np.abs(bars), fmt="o", color=color, capsize=3)
-        if np.isnan(result.rho):
-            axes.text(i, 0.04, "constant:\nthe reference itself played", ha="center", color="dimgray")
+        if np.isnan(result.rho):  # the shift is 0 where the reference itself played
+            axes.text(i, 0.04, "constant" if signal == "shift" else "no variance", ha="center", color="dimgray")
     names = {"decision": "most uncertain action\ntoken of each turn"}
     for tokens, color in TOKENS.items():
         axes.plot([], [], "o", color=color, label=names.get(tokens, f"{tokens} tokens"))

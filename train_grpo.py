@@ -43,7 +43,7 @@ def option(default, text: str, low: float = -math.inf, high: float = math.inf): 
 
 @dataclass
 class Config:
-    """Every flag of the command line. Defaults of the method are the paper's; sizes are for the built-in model."""
+    """Every flag of the command line. Defaults of the method are the paper's (but all groups are kept); sizes suit the built-in model."""
 
     env: str = option("frozenlake", "environment to play")
     model: str = option("", "checkpoint folder or hub id of a causal LM; the built-in model if not given")
@@ -256,7 +256,7 @@ def logs(out: Path) -> list[Path]:
 def column(path: Path, name: str) -> tuple[list[int], list[float]]:
     """The iterations at which a column of a log has a value, and the values."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row[name]]
+        rows = [row for row in csv.DictReader(file) if row.get(name)]
     return [int(row["iteration"]) for row in rows], [float(row[name]) for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from diagnose import SIGNALS, TOKENS, correlations, draw_tokens, measure, pieces, printable, spearman, spearman_test, token_choices
+from diagnose import (
+    SIGNALS, TOKENS, correlations, draw_tokens, measure, pieces, printable, spearman, spearman_test, token_choices, turn_numbers,
+)  # fmt: skip
 from energy import TokenStats
 from rollout import Rollouts
 from segment import Segment
@@ -62,6 +65,15 @@ def test_the_decision_is_the_most_uncertain_action_token_of_each_turn():
     chosen = token_choices(rollouts, frozen)
     assert chosen["decision"].nonzero().tolist() == [[0, 3], [0, 10], [1, 4]]
     assert chosen["action"].sum() == 6 and chosen["reasoning"].sum() == 3 and chosen["all"].sum() == 15
+
+
+def test_turns_are_counted_and_those_without_a_call_found():
+    rollouts, _ = two_rollouts()
+    labels = torch.tensor([[O, R, F, O, O, R, A, F, O, F], [O, O, A, A, O, R, R, O, O, O]])
+    rollouts = rollouts.__class__(**{**vars(rollouts), "labels": labels})
+    assert turn_numbers(rollouts).tolist() == [[0, 1, 1, 1, 1, 2, 2, 2, 2, 3], [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]]
+    without_call = runpy.run_path(str(ROOT / "results" / "sudoku" / "blame.py"))["without_call"](rollouts)
+    assert without_call.nonzero().tolist() == [[0, 1], [0, 2], [0, 9], [1, 5], [1, 6]]
 
 
 def test_group_means_by_hand():

@@ -81,7 +81,7 @@ def test_the_figures_of_the_readme_are_those_of_the_logs(seed):
 
 
 def test_the_notebook_lists_every_run(capsys):
-    path = ROOT / "results" / "table.py"
+    path = ROOT / "results" / "runs.py"
     runpy.run_path(str(path))["main"]([])
     table = capsys.readouterr().out
     assert table in (ROOT / "results" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Every training run of this folder, a row an arm, from its CSV: python results/table.py [folder ...]"""
+"""Every training run of this folder, a row an arm, from its CSV: python results/runs.py [folder ...]"""
 
 import csv
 import math
