@@ -4,8 +4,7 @@
     weights    = actfocus_weights(energy, reasoning, action, response)       # the one thing that ActFocus adds
     loss       = clipped_loss(logprob, old_logprob, advantages, weights)     # alpha = 1, beta = 0 is GRPO exactly
 
-`policy_loss` is the whole loss with KL and entropy, from hidden states; `fused_policy_loss` is the same without the logits:
-over a large vocabulary it takes half of the time and a small part of the memory.
+`policy_loss` is the whole loss with KL and entropy, from hidden states; `fused_policy_loss` is the same without the logits.
 
 The trainer counts B trajectories of T tokens; the masks say which of them the model wrote (`response`), and which of those
 are reasoning and which action. Formulas: arXiv 2605.14558; what the paper leaves open is marked "our decision".

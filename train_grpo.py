@@ -43,7 +43,7 @@ def option(default, text: str, low: float = -math.inf, high: float = math.inf): 
 
 @dataclass
 class Config:
-    """Every flag of the command line. Defaults of the method are the paper's (but all groups are kept); sizes suit the built-in model."""
+    """Every flag of the command line. Defaults are the paper's, but that all groups are kept; sizes suit the built-in model."""
 
     env: str = option("frozenlake", "environment to play")
     model: str = option("", "checkpoint folder or hub id of a causal LM; the built-in model if not given")

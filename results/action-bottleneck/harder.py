@@ -26,7 +26,8 @@ class HarderSokoban(Sokoban):
 
 
 def main() -> None:
-    ENVIRONMENTS.update({"frozenlake-harder": HarderLake, "sokoban-harder": HarderSokoban})  # the built-in model is kept by name: after a change of the rule above, remove it from the cache
+    # NOTE: the built-in model is kept by the world's name: after a change of the rule above, remove it from the cache.
+    ENVIRONMENTS.update({"frozenlake-harder": HarderLake, "sokoban-harder": HarderSokoban})
     for env in ("sokoban-harder", "frozenlake-harder"):
         for temperature in (1.0, 0.5):
             name = env if temperature == 1 else f"{env}-t05"

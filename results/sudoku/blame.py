@@ -1,4 +1,4 @@
-"""Does ActFocus forgive turns that never call? `python results/sudoku/blame.py 1` trains blame/seed1 beside this file.
+"""Does ActFocus forgive turns that never call? `python results/sudoku/blame.py 1` trains seed 1; our runs of it are in blame/.
 
 A turn that never leaves its thought has reasoning tokens alone, so ActFocus blames it with a tenth of the weight that GRPO gives
 it. Here the reasoning of such turns weighs 1; all else is `python train_actfocus.py --env sudoku --no-baseline --seed 1`.
@@ -16,7 +16,7 @@ from energy import TokenStats  # noqa: E402
 from rollout import Rollouts  # noqa: E402
 from segment import Segment  # noqa: E402
 from train_actfocus import ActFocusConfig, actfocus  # noqa: E402
-from train_grpo import check, run  # noqa: E402
+from train_grpo import run  # noqa: E402
 
 
 def without_call(rollouts: Rollouts) -> Tensor:
@@ -27,8 +27,7 @@ def without_call(rollouts: Rollouts) -> Tensor:
 
 
 def main(seed: int) -> None:
-    config = ActFocusConfig(env="sudoku", seed=seed, out=str(Path(__file__).with_name("blame") / f"seed{seed}"))
-    check(config)
+    config = ActFocusConfig(env="sudoku", seed=seed)
     plain = actfocus(config)
 
     def weigh(rollouts: Rollouts, reference: TokenStats) -> Tensor:
