@@ -1,47 +1,52 @@
-"""The Action Bottleneck (paper, Figures 1 and 2): where is the reference unsure, and do the prompts where it is teach more?
+"""The Action Bottleneck (paper, Figures 1, 2): is the reference unsure where prompts teach most?
 
-    python diagnose.py --env sokoban                                    # the warm-started policy plays and is the reference
-    python diagnose.py --env sokoban --checkpoint runs/mine/actfocus    # a trained policy plays (train_actfocus.py --save)
+    python diagnose.py --env sokoban                    # the built-in model plays itself
+    python diagnose.py --env sokoban --checkpoint runs/mine/actfocus    # a trained policy plays
 
-GRPO learns from a prompt only if its rollouts end differently: the variance of a group's rewards is what there is to learn. The
-paper finds that the reference's mean energy over a group's action tokens goes along with that variance, and over its reasoning
-tokens does not. This measures it on any environment and model: rank correlations with bootstrap intervals and permutation
-p-values, of four signals over four choices of tokens. In the output folder:
-
-    groups.csv  correlations.csv  bottleneck.png     one row a group; one row a signal and choice of tokens; their picture
-    tokens.html  tokens.png                          transcripts, every token coloured by its ActFocus weight
+GRPO learns from a prompt only if its rollouts end differently: the variance of a group's rewards is
+what there is to learn. The paper finds that the reference's mean energy over a group's action
+tokens goes along with that variance, and over its reasoning tokens does not. This measures it on
+any environment and model: rank correlations with bootstrap intervals and permutation p-values, of
+four signals over four choices of tokens. The output folder holds groups.csv (a row a group),
+correlations.csv (a row a signal and choice of tokens) and their picture, bottleneck.png; and, from
+transcripts.py, tokens.html and tokens.png: every token coloured by its ActFocus weight.
 """
 
 from __future__ import annotations
 
 import csv
-import html
 import json
-import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 from tqdm import tqdm
 
 from actfocus import actfocus_weights
 from energy import TokenStats
 from policy import Policy, load_policy
-from rollout import Rollouts, score_all
+from report import DEVICE, logs, option, parse
+from rollout import Rollouts
 from segment import Segment
-from train_grpo import option, parse, play
+from train_grpo import play, score
+from transcripts import draw_transcripts
+from warm_start import start_folder
+from worlds import make_env
 
 DIAGNOSE_SEEDS = 3_000_000_000  # and on: seeds that nothing else draws
 SIGNALS = {"energy": "energy", "entropy": "entropy", "nll": "policy NLL", "shift": "log-prob shift"}
-TOKENS = {"action": "tab:red", "decision": "tab:orange", "reasoning": "tab:blue", "all": "tab:gray"}  # choices of tokens: color
+TOKENS = {  # choices of tokens: label, color
+    "action": ("action tokens", "tab:red"),
+    "decision": ("most uncertain action\ntoken of each turn", "tab:orange"),
+    "reasoning": ("reasoning tokens", "tab:blue"),
+    "all": ("all tokens", "tab:gray"),
+}
 
 
 @dataclass
@@ -49,84 +54,155 @@ class DiagnoseConfig:
     """Every flag of the command line."""
 
     env: str = option("frozenlake", "environment to play")
-    model: str = option("", "the reference: checkpoint folder or hub id of a causal LM; the built-in model if not given")
-    checkpoint: str = option("", "folder of a trained policy that plays instead of the reference")
-    skill: float = option(0.0, "of the built-in model's demonstrator, which sets how well it plays; 0 means the world's own", 0, 1)
-    warm_start_seed: int = option(0, "of the built-in model: another one is another model", 0)
+    model: str | None = option(None, "reference: folder or hub id; or the built-in model", kind=str)
+    checkpoint: str | None = option(None, "trained policy that plays instead: a folder", kind=str)
+    skill: float | None = option(None, "of the built-in model's demonstrator", 0, 1, kind=float)
+    warm_start_seed: int | None = option(None, "another built-in model", 0, kind=int)
     groups: int = option(128, "prompts", 8)
     group_size: int = option(16, "rollouts of each prompt", 2)
     temperature: float = option(1.0, "sampling temperature", 0.01)
     alpha: float = option(0.1, "weight of reasoning tokens in the pictures of tokens", 0, 1)
     beta: float = option(0.5, "how much more an uncertain action token weighs there", 0)
     batch: int = option(256, "rollouts played at once", 1)
-    micro_tokens: int = option(8192, "tokens a forward pass, padding included; lower it if memory runs out", 1)
+    micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
     max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
     max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
     seed: int = option(0, "of sampling", 0)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    out: str = option("", "folder for results; runs/<time>-<env>-diagnosis if not given")
+    device: str = option(DEVICE, "torch device")
+    out: str | None = option(None, "folder for results; runs/<time>-<env>-diagnosis", kind=str)
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot run, or would not do what was asked."""
+        make_env(self.env)
+        shaping = {"--skill": self.skill, "--warm-start-seed": self.warm_start_seed}
+        for flag, value in shaping.items():
+            if self.model and value is not None:
+                raise ValueError(f"{flag} is of the built-in model: leave it out, or --model")
+        if self.out and logs(Path(self.out)):
+            raise ValueError(f"--out {self.out} holds a training run: choose another folder")
 
 
 def diagnose(config: DiagnoseConfig) -> None:
     """Play the groups, measure each, correlate, draw."""
-    try:
-        shape = {"skill": config.skill, "seed": config.warm_start_seed}
-        reference = load_policy(config.model or None, config.env, config.device, **shape)
-        policy = load_policy(config.checkpoint, config.env, config.device) if config.checkpoint else reference
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"the policy cannot be loaded: {error}") from None
-    if policy is not reference and policy.bytes_of != reference.bytes_of:
-        raise SystemExit(f"--checkpoint {config.checkpoint} has another tokenizer than the reference: choose one trained from it")
+    reference, policy = load_policies(config)
     out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.env}-diagnosis")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    groups, at_once = [], max(1, config.batch // config.group_size)
-    for start in tqdm(range(0, config.groups, at_once), desc="groups", unit="batch", dynamic_ncols=True):
-        prompts = range(DIAGNOSE_SEEDS + start, DIAGNOSE_SEEDS + min(start + at_once, config.groups))
-        seeds = [seed for seed in prompts for _ in range(config.group_size)]
+    groups = []
+    at_once = max(1, config.batch // config.group_size)
+    starts = range(0, config.groups, at_once)
+    for start in tqdm(starts, desc="groups", unit="batch", dynamic_ncols=True):
+        stop = min(start + at_once, config.groups)
+        prompts = range(DIAGNOSE_SEEDS + start, DIAGNOSE_SEEDS + stop)
+        seeds = [prompt for prompt in prompts for _ in range(config.group_size)]
         rollouts = play(policy, config, seeds, config.temperature, config.seed)
-        frozen = score_all(reference, rollouts, rollouts.response, config.temperature, config.micro_tokens)
+        frozen = score(reference, rollouts, rollouts.response, config)
+        # NOTE: a cached decoding step rounds otherwise than a full forward pass does, and rounding
+        # can correlate. So the player's log-probs come from the latter too, as the reference's:
+        # the shift of a policy from itself is exactly 0.
+        player = frozen
+        if policy is not reference:
+            player = score(policy, rollouts, rollouts.response, config)
         if not groups:  # pictures of tokens come from the first batch
-            draw_transcripts(out, policy, rollouts, frozen, config)
-        groups += measure(rollouts, frozen, prompts, config.group_size)
-        write_csv(out / "groups.csv", groups)  # anew each time: an interrupted run keeps what it played
+            draw_weights(out, policy, rollouts, frozen, config)
+        groups += measure(rollouts, frozen, player.logprob, prompts, config.group_size)
+        write_csv(out / "groups.csv", groups)  # an interrupted run keeps what it played
     table = correlations(groups, np.random.default_rng(config.seed))
     write_csv(out / "correlations.csv", [result._asdict() for result in table])
     draw_bottleneck(out / "bottleneck.png", groups, table, config)
     print(summary(groups, table), f"pictures and tables are in {out}", sep="\n")
 
 
-# -------------------------------------------------------------------------------------------------------- what a group shows
-def turn_numbers(rollouts: Rollouts) -> Tensor:
-    """(B, T) int64: which turn, from 1, a sampled token belongs to; at any other position, the last turn before it."""
-    starts = rollouts.response & ~torch.nn.functional.pad(rollouts.response, (1, 0))[:, :-1]
-    return starts.cumsum(1)
+def load_policies(config: DiagnoseConfig) -> tuple[Policy, Policy]:
+    """The reference and who plays: the same one without --checkpoint. SystemExit with the reason
+    if they cannot be used."""
+    shaping = {"skill": config.skill, "seed": config.warm_start_seed}
+    given = {name: value for name, value in shaping.items() if value is not None}
+    try:
+        reference = load_policy(config.model or start_folder(config.env, **given), config.device)
+        if not config.checkpoint:
+            return reference, reference
+        policy = load_policy(config.checkpoint, config.device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"the policy cannot be loaded: {error}") from None
+    if policy.bytes_of != reference.bytes_of:
+        raise SystemExit(
+            f"--checkpoint {config.checkpoint} has another tokenizer than the reference: "
+            "choose one trained from it"
+        )
+    return reference, policy
+
+
+def draw_weights(
+    out: Path, policy: Policy, rollouts: Rollouts, frozen: TokenStats, config: DiagnoseConfig
+) -> None:
+    """Transcripts, coloured by the weights that ActFocus would give."""
+    reasoning = rollouts.labels == Segment.REASONING
+    action = rollouts.labels == Segment.ACTION
+    weights = actfocus_weights(
+        frozen.energy, reasoning, action, rollouts.response, config.alpha, config.beta
+    )
+    title = f"{config.env}: every sampled token by its ActFocus weight "
+    title += f"(alpha {config.alpha:g}, beta {config.beta:g})"
+    draw_transcripts(out, title, policy, rollouts, frozen, weights)
+
+
+# ------------------------------------------------------------------------------ what a group shows
+def turn_numbers(response: Tensor) -> Tensor:
+    """(B, T) int64: which turn, from 1, a sampled token belongs to; at any other position, the last
+    turn before it. response: (B, T) bool.
+
+    >>> turn_numbers(torch.tensor([[0, 1, 1, 0, 0, 1, 0]]).bool())
+    tensor([[0, 1, 1, 1, 1, 2, 2]])
+    """
+    before = torch.nn.functional.pad(response, (1, 0))[:, :-1]
+    return (response & ~before).cumsum(1)
 
 
 def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
-    """Masks (B, T). `decision` is the action token of each turn at which the reference's entropy is highest: in a JSON call
-    most tokens are boilerplate, and this one decides."""
-    action, turn = rollouts.labels == Segment.ACTION, turn_numbers(rollouts)
+    """Masks (B, T). `decision` is the action token of each turn at which the reference's entropy is
+    highest: in a JSON call most tokens are boilerplate, and this one decides."""
+    action = rollouts.labels == Segment.ACTION
+    turn = turn_numbers(rollouts.response)
     entropy = frozen.entropy.masked_fill(~action, -1.0)
-    highest = torch.full_like(entropy, -1.0).scatter_reduce(1, turn, entropy, "amax").gather(1, turn)
-    reasoning = rollouts.labels == Segment.REASONING
-    return {"action": action, "decision": action & (entropy == highest), "reasoning": reasoning, "all": rollouts.response}
+    lowest = torch.full_like(entropy, -1.0)
+    highest = lowest.scatter_reduce(1, turn, entropy, "amax")  # (B, T), by turn
+    return {
+        "action": action,
+        "decision": action & (entropy == highest.gather(1, turn)),
+        "reasoning": rollouts.labels == Segment.REASONING,
+        "all": rollouts.response,
+    }
 
 
-def measure(rollouts: Rollouts, frozen: TokenStats, seeds: range, group_size: int) -> list[dict[str, float]]:
-    """A row per group: how it ended, and the mean of each signal over each choice of its tokens (nan where it has none)."""
-    old = rollouts.old_logprob
-    signals = {"energy": frozen.energy, "entropy": frozen.entropy, "nll": -old, "shift": old - frozen.logprob}
+def measure(
+    rollouts: Rollouts, frozen: TokenStats, logprob: Tensor, seeds: range, group_size: int
+) -> list[dict[str, float]]:
+    """A row per group: how it ended, and the mean of each signal over each choice of its tokens
+    (nan where it has none). logprob: (B, T), of the policy that played."""
+    signals = {
+        "energy": frozen.energy,
+        "entropy": frozen.entropy,
+        "nll": -logprob,
+        "shift": logprob - frozen.logprob,
+    }
     choices = token_choices(rollouts, frozen)
     rows = []
     for g, seed in enumerate(seeds):
-        some = slice(g * group_size, (g + 1) * group_size)
-        rewards = rollouts.rewards[some]
-        row = {"success": rollouts.success[some].float().mean(), "reward": rewards.mean(), "reward_variance": rewards.var()}
-        row |= {"turns": rollouts.turns[some].float().mean(), "tokens": choices["all"][some].sum() / group_size}
-        row["action_fraction"] = choices["action"][some].sum() / choices["all"][some].sum()
+        group = slice(g * group_size, (g + 1) * group_size)
+        rewards = rollouts.rewards[group]
+        tokens = choices["all"][group].sum()
+        row = {
+            "success": rollouts.success[group].float().mean(),
+            "reward": rewards.mean(),
+            "reward_variance": rewards.var(),
+            "turns": rollouts.turns[group].float().mean(),
+            "tokens": tokens / group_size,
+            "action_fraction": choices["action"][group].sum() / tokens,
+        }
         for signal, values in signals.items():
-            row |= {f"{signal}_{name}": values[some][mask[some]].mean() for name, mask in choices.items()}
+            for name, mask in choices.items():
+                row[f"{signal}_{name}"] = values[group][mask[group]].mean()
         rows.append({"seed": seed} | {name: float(value) for name, value in row.items()})
     return rows
 
@@ -135,21 +211,37 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(rows[0])
-        writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row.values()] for row in rows)
+        for row in rows:
+            writer.writerow(
+                f"{value:.6g}" if isinstance(value, float) else value for value in row.values()
+            )
 
 
-# -------------------------------------------------------------------------------------------------------------- statistics
+# -------------------------------------------------------------------------------------- statistics
+class RankTest(NamedTuple):
+    """Spearman's rank correlation; all nan if one side is constant."""
+
+    rho: float
+    low: float  # 95 % percentile bootstrap interval over pairs
+    high: float
+    p: float  # two-sided, by permutation
+
+
 class Correlation(NamedTuple):
-    """Spearman's rho of a signal with the reward variance of the groups, and with their success rate for comparison."""
+    """A signal of the groups with their reward variance (as in RankTest), and with their success
+    rate for comparison."""
 
     signal: str
     tokens: str
     rho: float
-    low: float  # 95 % bootstrap interval over groups
+    low: float
     high: float
-    p: float  # two-sided, by permutation
+    p: float
     groups: int
     rho_success: float
+
+
+Results = dict[tuple[str, str], Correlation]  # by signal and tokens
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -168,96 +260,131 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 4.0, 9.0]))
     1.0
     """
-    a, b = ranks(a) - (len(a) + 1) / 2, ranks(b) - (len(b) + 1) / 2
+    a = ranks(a) - (len(a) + 1) / 2
+    b = ranks(b) - (len(b) + 1) / 2
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale else float("nan")
 
 
-def spearman_test(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> tuple[float, ...]:
-    """(rho, low, high, p): 95 % percentile bootstrap interval over pairs, two-sided permutation p-value. nan if one is constant."""
+def spearman_test(
+    a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = 2000
+) -> RankTest:
+    """Correlation, interval and p-value of two signals (n,); five times as many permutations as
+    resamples."""
     rho = spearman(a, b)
     if np.isnan(rho):
-        return rho, rho, rho, rho
+        return RankTest(rho, rho, rho, rho)
     draws = rng.integers(len(a), size=(resamples, len(a)))
     low, high = np.nanpercentile([spearman(a[draw], b[draw]) for draw in draws], [2.5, 97.5])
-    centred = [ranks(values) - (len(a) + 1) / 2 for values in (a, b)]
-    shuffled = rng.permuted(np.tile(centred[0], (5 * resamples, 1)), axis=1)  # (5 resamples, n)
-    null = shuffled @ centred[1] / np.sqrt((centred[0] @ centred[0]) * (centred[1] @ centred[1]))
-    return rho, float(low), float(high), float((1 + (abs(null) >= abs(rho) - 1e-12).sum()) / (1 + len(null)))
+    a = ranks(a) - (len(a) + 1) / 2
+    b = ranks(b) - (len(b) + 1) / 2
+    shuffled = rng.permuted(np.tile(a, (5 * resamples, 1)), axis=1)  # (5 resamples, n)
+    null = shuffled @ b / np.sqrt((a @ a) * (b @ b))
+    as_far = (abs(null) >= abs(rho) - 1e-12).sum()
+    p = (1 + as_far) / (1 + len(null))
+    return RankTest(rho, float(low), float(high), float(p))
 
 
 def correlations(groups: list[dict[str, float]], rng: np.random.Generator) -> list[Correlation]:
-    """Each signal over each choice of tokens against the reward variance; last, the success rate itself."""
+    """Each signal over each choice of tokens against the reward variance; last, the success rate
+    itself."""
     column = {name: np.array([row[name] for row in groups]) for name in groups[0]}
-    column["success_"] = column["success"]
+    names = {(signal, tokens): f"{signal}_{tokens}" for signal in SIGNALS for tokens in TOKENS}
+    names["success", ""] = "success"
     table = []
-    for signal, tokens in [(signal, tokens) for signal in SIGNALS for tokens in TOKENS] + [("success", "")]:
-        values = column[f"{signal}_{tokens}"]
-        if np.nanmax(abs(values), initial=0) < 1e-4:  # the shift of a policy from itself is rounding
-            values = 0 * values
-        known = ~np.isnan(values)
-        a, variance, success = values[known], column["reward_variance"][known], column["success"][known]
-        table.append(Correlation(signal, tokens, *spearman_test(a, variance, rng), int(known.sum()), spearman(a, success)))
+    for (signal, tokens), name in names.items():
+        known = ~np.isnan(column[name])
+        values = column[name][known]
+        test = spearman_test(values, column["reward_variance"][known], rng)
+        rho_success = spearman(values, column["success"][known])
+        table.append(Correlation(signal, tokens, *test, int(known.sum()), rho_success))
     return table
 
 
 def summary(groups: list[dict[str, float]], table: list[Correlation]) -> str:
-    def mean(name: str) -> float:
-        return float(np.mean([row[name] for row in groups]))
-
+    success = np.mean([row["success"] for row in groups])
+    actions = np.mean([row["action_fraction"] for row in groups])
     varied = np.mean([row["reward_variance"] > 0 for row in groups])
+    heads = f"{'rho':>7}{'95 % interval':>18}{'p':>9}{'rho with success':>18}"
     lines = [
-        f"{len(groups)} groups: success {mean('success'):.1%}, action tokens {mean('action_fraction'):.1%} of those generated, "
-        f"rewards differ in {varied:.1%} of the groups",
-        f"{'Spearman with the reward variance':34}{'rho':>7}{'95 % interval':>18}{'p':>9}{'rho with success':>18}",
+        f"{len(groups)} groups: success {success:.1%}, action tokens {actions:.1%} of those "
+        f"generated, rewards differ in {varied:.1%} of the groups",
+        f"{'Spearman with the reward variance':34}{heads}",
     ]
     for each in table:
+        line = f"{each.signal + ' ' + each.tokens:34}"
         if np.isnan(each.rho):
-            lines.append(f"{each.signal + ' ' + each.tokens:34}{'constant: no correlation':>34}")
+            line += f"{'constant: no correlation':>34}"
         else:
             interval = f"[{each.low:+.2f}, {each.high:+.2f}]"
-            name = f"{each.signal} {each.tokens}"
-            lines.append(f"{name:34}{each.rho:>+7.2f}{interval:>18}{each.p:>9.4f}{each.rho_success:>+18.2f}")
+            line += f"{each.rho:>+7.2f}{interval:>18}{each.p:>9.4f}{each.rho_success:>+18.2f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------- pictures
-def draw_bottleneck(path: Path, groups: list[dict[str, float]], table: list[Correlation], config: DiagnoseConfig) -> None:
-    """Above, a point per group: energy against reward variance. Below, every correlation with its interval."""
+# ------------------------------------------------------------------------------------- the picture
+def draw_bottleneck(
+    path: Path, groups: list[dict[str, float]], table: list[Correlation], config: DiagnoseConfig
+) -> None:
+    """Above, a point per group: energy against reward variance. Below, every correlation with its
+    interval."""
     figure = Figure(figsize=(13, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
     results = {(each.signal, each.tokens): each for each in table}
-    success, variance = ([row[name] for row in groups] for name in ("success", "reward_variance"))
-    axes = above.subplots(1, 3, sharey=True)
-    for each, tokens in zip(axes, ("action", "reasoning", "all"), strict=True):
-        energy = [row[f"energy_{tokens}"] for row in groups]
-        points = each.scatter(energy, variance, c=success, cmap="viridis", vmin=0, vmax=1, s=22)
-        result = results["energy", tokens]
-        each.set_title(f"{tokens} tokens\nρ = {result.rho:+.2f} [{result.low:+.2f}, {result.high:+.2f}], p = {result.p:.2g}", fontsize=11)
-        each.locator_params(axis="x", nbins=5)
-        each.set(xlabel="mean reference energy of the group", ylabel="variance of the group's rewards" * (tokens == "action"))
-        each.grid(alpha=0.3)
-    above.colorbar(points, ax=axes, label="success rate of the group")
+    success = 100 * np.mean([row["success"] for row in groups])
     share = 100 * np.mean([row["action_fraction"] for row in groups])
     who = "a trained policy" if config.checkpoint else "the reference"
     above.suptitle(
-        f"{config.env}: {len(groups)} groups of {config.group_size} rollouts by {who}, temperature {config.temperature:g}, "
-        f"success {100 * np.mean(success):.0f} %; {share:.0f} % of generated tokens are action tokens"
+        f"{config.env}: {len(groups)} groups of {config.group_size} rollouts by {who}, "
+        f"temperature {config.temperature:g}, success {success:.0f} %; "
+        f"{share:.0f} % of generated tokens are action tokens"
     )
-    axes = below.subplots()
+    draw_groups(above, groups, results)
+    draw_correlations(below.subplots(), results)
+    figure.savefig(path, dpi=110)
+
+
+def draw_groups(figure: SubFigure, groups: list[dict[str, float]], results: Results) -> None:
+    """A point per group, for three choices of tokens."""
+    variance = [row["reward_variance"] for row in groups]
+    success = [row["success"] for row in groups]
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, tokens in zip(panels, ("action", "reasoning", "all"), strict=True):
+        energy = [row[f"energy_{tokens}"] for row in groups]
+        points = axes.scatter(energy, variance, c=success, cmap="viridis", vmin=0, vmax=1, s=22)
+        result = results["energy", tokens]
+        found = f"ρ = {result.rho:+.2f} [{result.low:+.2f}, {result.high:+.2f}], p = {result.p:.2g}"
+        axes.set_title(f"{tokens} tokens\n{found}", fontsize=11)
+        axes.set_xlabel("mean reference energy of the group")
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("variance of the group's rewards")
+    figure.colorbar(points, ax=panels, label="success rate of the group")
+
+
+def draw_correlations(axes: Axes, results: Results) -> None:
+    """A dot with its interval per signal and choice of tokens."""
     for i, signal in enumerate(SIGNALS):
-        for j, (tokens, color) in enumerate(TOKENS.items()):
-            result, x = results[signal, tokens], i + (j - 1.5) / 6
-            if not np.isnan(result.rho):
-                bars = [[result.rho - result.low], [result.high - result.rho]]
-                axes.errorbar([x], [result.rho], np.abs(bars), fmt="o", color=color, capsize=3)
-        if np.isnan(result.rho):  # the shift is 0 where the reference itself played
-            axes.text(i, 0.04, "constant" if signal == "shift" else "no variance", ha="center", color="dimgray")
-    names = {"decision": "most uncertain action\ntoken of each turn"}
-    for tokens, color in TOKENS.items():
-        axes.plot([], [], "o", color=color, label=names.get(tokens, f"{tokens} tokens"))
-    control = results["success", ""]
-    axes.axhline(control.rho, color="tab:green", linestyle="--", label="success rate of the\ngroup, for comparison")
+        known = 0
+        for j, (tokens, (_, color)) in enumerate(TOKENS.items()):
+            result = results[signal, tokens]
+            if np.isnan(result.rho):
+                continue
+            known += 1
+            x = i + (j - 1.5) / 6
+            bars = [[abs(result.rho - result.low)], [abs(result.high - result.rho)]]
+            axes.errorbar([x], [result.rho], bars, fmt="o", color=color, capsize=3)
+        if not known:  # the shift is 0 where the reference itself played
+            why = "constant" if signal == "shift" else "no variance"
+            axes.text(i, 0.04, why, ha="center", color="dimgray")
+    for label, color in TOKENS.values():
+        axes.plot([], [], "o", color=color, label=label)
+    axes.axhline(
+        results["success", ""].rho,
+        color="tab:green",
+        linestyle="--",
+        label="success rate of the\ngroup, for comparison",
+    )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylim=(-1, 1), xlim=(-0.6, len(SIGNALS) - 0.4))
     axes.set_title("Rank correlation with the reward variance, 95 % bootstrap intervals")
@@ -265,124 +392,6 @@ def draw_bottleneck(path: Path, groups: list[dict[str, float]], table: list[Corr
     axes.set_xticks(range(len(SIGNALS)), SIGNALS.values())
     axes.grid(alpha=0.3, axis="y")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=110)
-
-
-COLORS, SCALE = matplotlib.colormaps["YlOrRd"], Normalize(0, 1.6)
-
-
-def printable(text: str) -> str:
-    """The text with anything invisible (control characters, changes of direction) written as an escape; line ends stay.
-
-    >>> print(printable("a\\x00b\\u202ec\\nd"))
-    a\\x00b\\u202ec
-    d
-    """
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-def pieces(policy: Policy, rollouts: Rollouts, row: int) -> list[tuple[str, int | None]]:
-    """A transcript as (text, position): one piece per sampled token; None for the text in between, joined."""
-    ids, response = rollouts.ids[row, : rollouts.lengths[row]].tolist(), rollouts.response[row].tolist()
-    found, shown = [], []
-    for position, token in enumerate(ids):
-        if response[position]:
-            found += [(printable(policy.tokenizer.decode(shown)), None)] * bool(shown)
-            shown = []
-            text = policy.token_bytes(token).decode(errors="replace") or policy.tokenizer.convert_ids_to_tokens(token)
-            found.append((printable(text), position))
-        else:
-            shown.append(token)
-    return found + [(printable(policy.tokenizer.decode(shown)), None)] * bool(shown)
-
-
-def draw_transcripts(out: Path, policy: Policy, rollouts: Rollouts, frozen: TokenStats, config: DiagnoseConfig) -> None:
-    """tokens.html: two transcripts that succeed and two that fail, as far as there are; tokens.png: the first of them."""
-    action, reasoning = rollouts.labels == Segment.ACTION, rollouts.labels == Segment.REASONING
-    weights = actfocus_weights(frozen.energy, reasoning, action, rollouts.response, config.alpha, config.beta)
-    ended = [torch.nonzero(rollouts.success == wanted).flatten().tolist() for wanted in (True, False)]
-    chosen = ended[0][:2] + ended[1][:2]
-    title = f"{config.env}: every sampled token by its ActFocus weight (alpha {config.alpha:g}, beta {config.beta:g})"
-    transcripts, body = [pieces(policy, rollouts, row) for row in chosen], []
-    for row, transcript in zip(chosen, transcripts, strict=True):
-        verdict = "success" if rollouts.success[row] else "failure"
-        body.append(f"<h2>{verdict}, reward {rollouts.rewards[row]:.2f}, {rollouts.turns[row]} turns</h2><pre>")
-        for text, position in transcript:
-            if position is None:
-                body.append(f"<s>{html.escape(text)}</s>")
-                continue
-            shown = html.escape(text).replace("\n", "<i>⏎</i>\n")
-            name, weight = Segment(rollouts.labels[row, position].item()).name, weights[row, position].item()
-            energy, entropy = frozen.energy[row, position].item(), frozen.entropy[row, position].item()
-            tip = f"{name} · weight {weight:.2f} · energy {energy:.2f} · entropy {entropy:.2f} nats"
-            style = f"background:{to_hex(COLORS(SCALE(weight)))};color:{'#fff' if weight > 1.1 else '#000'}"
-            body.append(f'<b class="{name}" style="{style}" data-tip="{tip}">{shown}</b>')
-        body.append("</pre>")
-    stops = ",".join(to_hex(COLORS(SCALE(weight))) for weight in np.linspace(0, 1.6, 9))
-    page = PAGE.replace("TITLE", html.escape(title)).replace("STOPS", stops).replace("BODY", "".join(body))
-    (out / "tokens.html").write_text(page, encoding="utf-8")
-    if chosen:
-        draw_tokens(out / "tokens.png", title, transcripts[0], weights[chosen[0]].tolist())
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>TITLE</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2rem }
-pre { font: 13px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; padding-bottom: 2rem }
-s { text-decoration: none; color: #777 } i { font-style: normal; opacity: .45 }
-b { font-weight: normal; position: relative; padding: 1px 0; border-left: 1px solid #fff; border-bottom: 3px solid #999 }
-b.REASONING { border-bottom-color: #1f77b4 } b.ACTION { border-bottom-color: #7a0019 }
-b:hover { outline: 2px solid #222 }
-b:hover::after { content: attr(data-tip); position: absolute; left: 0; top: 1.9em; z-index: 1; background: #222; color: #fff;
-  padding: .2em .6em; border-radius: 4px; white-space: nowrap; font: 13px/1.5 system-ui, sans-serif }
-.scale { display: inline-block; width: 16rem; height: 1em; vertical-align: middle; background: linear-gradient(to right, STOPS) }
-</style>
-<h1>TITLE</h1>
-<p>Weight in the loss: 0 <span class="scale"></span> 1.6.
-Underlined <b class="REASONING">blue</b>: reasoning, <b class="ACTION">dark red</b>: action, <b class="FORMAT">gray</b>: format.
-<s>Gray text</s> was not sampled: prompts and tool responses, never in the loss. Point at a token for its class, weight, energy and
-entropy under the reference.</p>
-BODY
-</html>
-"""
-
-
-def draw_tokens(path: Path, title: str, transcript: list[tuple[str, int | None]], weights: list[float], columns: int = 128) -> None:
-    """One transcript as a picture: sampled tokens in boxes, the rest in gray without its line ends. The long instructions
-    before the first turn are left out."""
-    boxes, x, y = [], 0.0, 0  # (text, weight or None, x, y)
-    for n, (text, position) in enumerate(transcript):
-        if position is None:  # of the first piece, what follows the instructions
-            lines = text.strip().splitlines()
-            lines = lines[next((i for i in reversed(range(len(lines))) if "user" in lines[i]), 0) :] if n == 0 else lines
-            lines = textwrap.wrap("⏎".join(lines), columns, drop_whitespace=False)
-            y += bool(x)
-            boxes += [(line, None, 0.0, y + i) for i, line in enumerate(lines)]
-            x, y = 0.0, y + len(lines)
-            continue
-        shown = text.replace("\n", "⏎")
-        width = 1.06 * len(shown) + 0.7
-        if x + width > columns:
-            x, y = 0.0, y + 1
-        boxes.append((shown, weights[position], x, y))
-        x += width
-    figure = Figure(figsize=(13, 0.9 + 0.235 * (y + 1)), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlim=(0, columns + 1), ylim=(y + 0.8, -0.8), title=title)
-    axes.axis("off")
-    for text, weight, left, line in boxes:
-        style = {"family": "monospace", "fontsize": 9, "va": "center"}
-        text = text.replace("$", r"\$")
-        if weight is None:
-            axes.text(left, line, text, color="dimgray", **style)
-        else:
-            box = {"boxstyle": "square,pad=0.2", "facecolor": COLORS(SCALE(weight)), "edgecolor": "white"}
-            axes.text(left, line, text, color="white" if weight > 1.1 else "black", bbox=box, **style)
-    shrink = min(1, 6 / (1 + 0.235 * y))
-    figure.colorbar(ScalarMappable(SCALE, COLORS), ax=axes, label="weight in the loss", shrink=shrink, aspect=30)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Token energy, and the batched token statistics that both the policy's loss and the reference's energy are made of.
+"""Token energy: how unsure a frozen reference model is of what comes next.
 
-The energy of a position is E = -logsumexp(logits): how much raw, unnormalised score the model has for whatever comes next. The
-frozen reference's energy at an action token is ActFocus's measure of how unsure it is there (paper, "token energy").
+    energy = token_energy(reference_logits)                         # if you have the logits
+    energy = token_stats(reference_hidden, head, targets).energy    # if they would not fit
 
-`token_stats` goes from hidden states straight to what a loss needs of each token. The logits of N tokens over a vocabulary
-of V are by far the largest tensors of a training step (4096 tokens of Qwen2.5: 2.5 GB, several times over), so it works
-through chunks of tokens, keeps nothing of size (N, V), and computes each chunk's logits again in the backward pass.
+The energy of a position is E = -logsumexp(logits): how much raw, unnormalised score the model has
+for whatever may come. `token_stats` works through chunks of tokens, since the logits of N tokens
+over a vocabulary of V are by far the largest tensors of a training step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time by default: 64 MB in float32
 
@@ -27,10 +28,10 @@ class TokenStats(NamedTuple):
 
 
 def token_energy(logits: Tensor) -> Tensor:
-    """E = -logsumexp(logits) over the last axis: (..., V) -> (...), float32 whatever the dtype of the logits.
+    """E = -logsumexp(logits) over the last axis: (..., V) -> (...), float32 whatever the dtype.
 
-    Paper: the energy of token y_t comes from the reference's raw logits at the position that *predicts* y_t, without a
-    temperature. A confident position (one high logit) has low energy.
+    Paper: the energy of token y_t comes from the reference's raw logits at the position that
+    *predicts* y_t, without a temperature. A confident position (one high logit) has low energy.
 
     >>> token_energy(torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
     tensor([-0.6931, -9.0001])
@@ -39,40 +40,42 @@ def token_energy(logits: Tensor) -> Tensor:
 
 
 def token_stats(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk_size: int | None = None
-) -> TokenStats:
+    hidden: Tensor, head: Tensor, targets: Tensor, *,
+    temperature: float = 1.0, chunk_size: int | None = None,
+) -> TokenStats:  # fmt: skip
     """Log-probability, energy and entropy of each target without ever holding the (N, V) logits.
 
-    hidden: (N, H), the hidden states that predict the targets; weight: (V, H), the output embedding; both float32 or bfloat16.
-    targets: (N,) int64. temperature > 0 divides the logits for `logprob` only; energy and entropy are of the raw logits.
-    chunk_size: tokens whose logits are held at a time; by default as many as make 64 MB.
-    Differentiable in `hidden` and `weight` through all three outputs. Products of bfloat16 inputs are accumulated and kept in
-    float32. Under autocast the inputs take its dtype, as they would for a matrix product.
-    Raises ValueError for shapes that do not fit, a temperature that is not positive or a chunk_size below 1.
+    hidden: (N, H), the hidden states that predict the targets; head: (V, H), the output embedding;
+    both float32 or bfloat16. targets: (N,) int64. temperature > 0 divides the logits for `logprob`
+    only; energy and entropy are of the raw logits. chunk_size: tokens whose logits are held at a
+    time, by default 64 MB of them. Differentiable, once, in `hidden` and `head`. Products of
+    bfloat16 inputs are kept in float32. Under autocast the inputs take its dtype. Raises ValueError
+    for shapes that do not fit, a temperature that is not positive or a chunk_size below 1.
 
     >>> stats = token_stats(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([2]))
     >>> [round(x.item(), 4) for x in stats]  # four equal logits of 0: log 1/4, -log 4, log 4
     [-1.3863, -1.3863, 1.3863]
     """
-    chunk_size = checked_chunk_size(hidden, weight, targets, temperature, chunk_size)
+    chunk_size = checked_chunk_size(hidden, head, targets, temperature, chunk_size, CHUNK_ELEMENTS)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden, head = hidden.to(dtype), head.to(dtype)
     with torch.autocast(device, enabled=False):
-        return TokenStats(*_TokenStats.apply(hidden, weight, targets, temperature, chunk_size))
+        return TokenStats(*_TokenStats.apply(hidden, head, targets, temperature, chunk_size))
 
 
 class _TokenStats(torch.autograd.Function):
-    """Values chunk by chunk; in backward the same chunks again, with the closed-form gradient of the logits z."""
+    """Values chunk by chunk; in backward the same chunks again, with a closed-form gradient by the
+    logits z. (By torch.utils.checkpoint: no formula, but twice the memory, 1.5x the time.)"""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk_size):
-        ctx.save_for_backward(hidden, weight, targets)
+    def forward(ctx, hidden, head, targets, temperature, chunk_size):
+        ctx.save_for_backward(hidden, head, targets)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         logprob, energy, entropy = hidden.new_empty(3, len(hidden), dtype=torch.float32)
         for rows in chunks(len(hidden), chunk_size):
-            z = matmul(hidden[rows], weight.T)  # (n, V)
+            z = matmul(hidden[rows], head.T)  # (n, V)
             lse = z.logsumexp(-1)
             target_z = z.gather(-1, targets[rows, None]).squeeze(-1)
             tempered_lse = lse if temperature == 1.0 else (z / temperature).logsumexp(-1)
@@ -83,50 +86,58 @@ class _TokenStats(torch.autograd.Function):
         return logprob, energy, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprob, grad_energy, grad_entropy):
         # d logprob / dz = (onehot(target) - q) / temperature,  q = softmax(z / temperature)
         # d energy  / dz = -p,                                  p = softmax(z)
         # d entropy / dz = -p * (z - sum(p * z))
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        hidden, head, targets = ctx.saved_tensors
+        grad_hidden, wants_head = torch.empty_like(hidden), ctx.needs_input_grad[1]
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
         for rows in chunks(len(hidden), ctx.chunk_size):
-            z = matmul(hidden[rows], weight.T)  # (n, V)
-            on_logprob = (grad_logprob[rows] / ctx.temperature)[:, None]  # (n, 1), as are the next two
+            z = matmul(hidden[rows], head.T)  # (n, V)
+            on_logprob = (grad_logprob[rows] / ctx.temperature)[:, None]  # (n, 1), as the next two
             on_energy, on_entropy = grad_energy[rows, None], grad_entropy[rows, None]
             p = z.softmax(-1)
-            mean_z = torch.linalg.vecdot(p, z)[:, None]
             q = p if ctx.temperature == 1.0 else (z / ctx.temperature).softmax(-1)
-            grad_z = z.sub_(mean_z).mul_(on_entropy).add_(on_energy).mul_(p).addcmul_(q, on_logprob).neg_()
+            mean_z = torch.linalg.vecdot(p, z)[:, None]
+            grad_z = z.sub_(mean_z).mul_(on_entropy)  # in the memory of z, as all that follows
+            grad_z.add_(on_energy).mul_(p)  # p * (on_entropy * (z - mean_z) + on_energy)
+            grad_z.addcmul_(q, on_logprob).neg_()
             grad_z.scatter_add_(-1, targets[rows, None], on_logprob)
             grad_z = grad_z.to(hidden.dtype)
-            grad_hidden[rows] = matmul(grad_z, weight).to(hidden.dtype)
-            if grad_weight is not None:
-                add_matmul(grad_weight, grad_z.T, hidden[rows])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+            grad_hidden[rows] = matmul(grad_z, head).to(hidden.dtype)
+            if wants_head:
+                add_matmul(grad_head, grad_z.T, hidden[rows])
+        return grad_hidden, grad_head.to(head.dtype) if wants_head else None, None, None, None
 
 
+# -------------------------------------------------------------- what fused_loss.py works with, too
 def checked_chunk_size(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int | None, elements: int = CHUNK_ELEMENTS
-) -> int:
-    """How many tokens' logits to hold at a time. Raises ValueError if the arguments of `token_stats` do not fit together."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
-        raise ValueError(f"expected hidden (N, H), weight (V, H) and targets (N,), got {shapes}")
-    if torch.float16 in (hidden.dtype, weight.dtype):  # its gradients underflow, and a GradScaler would come too late
-        raise ValueError("hidden or weight is float16: give float32 or bfloat16")
+    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float,
+    size: int | None, budget: int,
+) -> int:  # fmt: skip
+    """How many tokens' logits to hold at a time, by default as many as make `budget` numbers.
+    Raises ValueError if the arguments of `token_stats` do not fit together."""
+    shaped = hidden.ndim == head.ndim == 2 and hidden.shape[1] == head.shape[1]
+    if not shaped or targets.shape != hidden.shape[:1]:
+        found = f"{tuple(hidden.shape)}, {tuple(head.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"expected hidden (N, H), head (V, H) and targets (N,), got {found}")
+    if torch.float16 in (hidden.dtype, head.dtype):  # gradients underflow before a GradScaler acts
+        raise ValueError("hidden or head is float16: give float32 or bfloat16")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1")
-    return chunk_size or max(1, elements // len(weight))
+    if size is not None and size < 1:
+        raise ValueError(f"chunk_size is {size}: it must be at least 1")
+    return size or max(1, budget // len(head))
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, accumulated and returned in float32, in the memory of `out` where possible."""
-    if a.is_cuda and a.dtype != torch.float32:
-        room = {} if out is None else {"out": out}
-        return torch.mm(a, b, out_dtype=torch.float32, **room)  # tensor cores, no rounding of the result
+    """a @ b, accumulated and returned in float32, in the memory of `out` if it is given."""
+    if a.is_cuda and a.dtype != torch.float32:  # tensor cores, no rounding of the result
+        if out is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)
 
 

@@ -1,18 +1,25 @@
-"""Which sampled token is reasoning, which is action. No torch, no tokenizer: bytes in, labels out.
+"""Which sampled token is reasoning, which is action: bytes in, labels out.
 
-A turn that the model writes looks like
+    bytes_of = token_bytes(tokenizer)                    # once
+    labels = segment_batch(ids, response, bytes_of)      # (B, T)
 
-    <think> ... </think> <tool_call> {"name": ..., "arguments": {...}} </tool_call> <|im_end|>
-
-and the labels are read off the *bytes of the sampled tokens*, never off text that was tokenised again: a tokenizer is free
-to cut `.</` or `"}}</` into one token, and the gradient has to land on the tokens that were sampled.
+A turn looks like `<think> ... </think> <tool_call> {"name": ..., "arguments": {...}} </tool_call>`.
+Labels are read off the *bytes of the sampled tokens*, never off text that was tokenised again: a
+tokenizer is free to cut `.</` or `"}}</` into one token, and the gradient has to land on the tokens
+that were sampled.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from enum import IntEnum
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 class Segment(IntEnum):
@@ -21,30 +28,63 @@ class Segment(IntEnum):
     OTHER = 0  # prompt, tool responses, template text, padding: never in the loss
     FORMAT = 1  # tags, white space and stray text around the spans, the end-of-turn token
     REASONING = 2  # from after <think> up to </think> or <tool_call>
-    ACTION = 3  # from after the first <tool_call> up to </tool_call>: exactly what the environment executes
+    ACTION = 3  # from after the first <tool_call> up to </tool_call>: exactly what is executed
 
 
 TAG = re.compile(rb"</?(?:think|tool_call)>")
 
 
-def segment_turn(tokens: Sequence[bytes], end_of_turn: bytes = b"<|im_end|>") -> list[Segment]:
+def segment_batch(
+    ids: Tensor, response: Tensor, bytes_of: Sequence[bytes], opening: bytes = b""
+) -> Tensor:
+    """The label of every token of a batch of transcripts: (B, T) int64, values of `Segment`.
+
+    ids: (B, T) int, the tokens as the model saw and sampled them. response: (B, T) bool, the ones
+    that it sampled; each run of them is a turn, so tool responses in between must be False.
+    bytes_of: `token_bytes(tokenizer)`. opening: as in `segment_turn`.
+    Raises ValueError for shapes that differ.
+
+    >>> bytes_of = [b"<think>", b"Up.", b"</think>", b"<tool_call>", b"{}", b"</tool_call>", b""]
+    >>> ids = torch.tensor([[1, 0, 1, 2, 3, 4, 5, 6, 1, 1]])  # one token of prompt, a turn
+    >>> response = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 0, 0]]).bool()
+    >>> segment_batch(ids, response, bytes_of)
+    tensor([[0, 1, 2, 1, 1, 3, 1, 1, 0, 0]])
+    """
+    if ids.ndim != 2 or ids.shape != response.shape:
+        shapes = f"ids {tuple(ids.shape)} and response {tuple(response.shape)}"
+        raise ValueError(f"{shapes} must both be (B, T)")
+    labels = torch.zeros(ids.shape, dtype=torch.int64)
+    edges = torch.nn.functional.pad(response.int().cpu(), (1, 1)).diff()  # (B, T + 1)
+    starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    for (row, start), (_, stop) in zip(starts, stops, strict=True):
+        tokens = ids[row, start:stop].tolist()
+        turn = [bytes_of[token] if token < len(bytes_of) else b"" for token in tokens]
+        labels[row, start:stop] = torch.tensor(segment_turn(turn, opening=opening))
+    return labels.to(ids.device)
+
+
+def segment_turn(
+    tokens: Sequence[bytes], end_of_turn: bytes = b"<|im_end|>", opening: bytes = b""
+) -> list[Segment]:
     """Label every sampled token of one assistant turn.
 
-    tokens: the bytes of each token in the order sampled; b"" for a token without bytes (a control token).
+    tokens: the bytes of each token in the order sampled; b"" for a token without bytes (a control
+    token). opening: what the chat template has written of the turn already: some end their
+    generation prompt with b"<think>", so that the turn starts inside the thought.
     Returns one label per token: FORMAT, REASONING or ACTION. Never raises, whatever the bytes.
 
-    Tags are read left to right in one pass. `<tool_call>` ends an open `<think>`; inside a call every other tag is text of
-    the call, inside a thought `<think>` and `</tool_call>` are text of the thought; after the call everything is FORMAT. An
-    unclosed span runs to the end of the turn. (Our reading of the paper's spans.)
+    Tags are read left to right (our reading of the paper's spans). `<tool_call>` ends an open
+    `<think>`; in a call every other tag is text of the call, in a thought `<think>` and
+    `</tool_call>` are; after the call all is FORMAT. An unclosed span runs to the end of the turn.
 
-    >>> turn = [b"<think>", b"Go up", b".</", b"think>", b"<tool_call>", b'{"', b'"}}</', b"tool_call>", b"<|im_end|>"]
+    >>> turn = b"<think>", b"Up", b".</", b"think>", b"<tool_call>", b'{"', b'"}}</', b"tool_call>"
     >>> [label.name for label in segment_turn(turn)]
-    ['FORMAT', 'REASONING', 'REASONING', 'FORMAT', 'FORMAT', 'ACTION', 'ACTION', 'FORMAT', 'FORMAT']
+    ['FORMAT', 'REASONING', 'REASONING', 'FORMAT', 'FORMAT', 'ACTION', 'ACTION', 'FORMAT']
     """
     ended = bool(tokens) and tokens[-1] == end_of_turn
     spoken = tokens[: len(tokens) - ended]
-    byte_labels = _label_bytes(b"".join(spoken))
-    labels, start = [], 0
+    byte_labels = _label_bytes(opening + b"".join(spoken))
+    labels, start = [], len(opening)
     for token in spoken:
         stop = start + len(token)
         labels.append(Segment(max(byte_labels[start:stop], default=Segment.FORMAT)))
@@ -72,3 +112,23 @@ def _label_bytes(text: bytes) -> bytearray:
         span, start = following, tag.end()
     labels[start:] = bytes([span]) * (len(text) - start)
     return labels
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of every token, by id; b"" for control tokens (end of turn, padding) and for ids of
+    no token. For byte-level tokenizers (GPT-2, Qwen, Llama 3) and SentencePiece-like ones."""
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+    byte_level = "ByteLevel" in json.dumps(decoder)  # bytes written as characters, GPT-2's way
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    table = [b""] * (1 + max(vocabulary.values()))
+    for token, i in vocabulary.items():
+        if i in added:
+            table[i] = b"" if added[i].special else token.encode()
+        elif byte_level:
+            table[i] = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
+        elif byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            table[i] = bytes.fromhex(byte[1])
+        else:
+            table[i] = token.replace("▁", " ").encode()
+    return table

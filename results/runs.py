@@ -1,32 +1,49 @@
-"""Every training run of this folder, a row an arm, from its CSV: python results/runs.py [folder ...]"""
+"""Every training run of this folder, a row an arm, from its CSV:
+
+python results/runs.py               # or: python results/runs.py sudoku shop/short-thoughts
+"""
 
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_grpo import column, logs  # noqa: E402
+from report import column, logs  # noqa: E402
 
 HERE = Path(__file__).parent
-HEAD = "run | arm | evaluation success, % | training mean | reasoning's true facts, % | entropy, nats"
+HEADS = (
+    "run",
+    "arm",
+    "evaluation success, %",
+    "training mean",
+    "reasoning's true facts, %",
+    "entropy, nats",
+)
 
 
 def row(path: Path) -> str:
-    """One arm of one run: evaluations in turn, mean success of all training rollouts, then first and last iteration."""
-    names = ("eval_success", "train_success", "reasoning_accuracy", "entropy")
-    success, training, facts, entropy = (column(path, name)[1] for name in names)
-    evaluations = ", ".join(f"{100 * value:.1f}" for value in success)
-    facts = [100 * value for value in facts if not math.isnan(value)]
-    true = f"{facts[0]:.0f} to {facts[-1]:.0f}" if facts else "not logged"
-    mean, spread = sum(training) / len(training), f"{entropy[0]:.2f} to {entropy[-1]:.2f}"
-    return f"| {path.parent.relative_to(HERE)} | {path.stem} | {evaluations} | {mean:.1%} | {true} | {spread} |"
+    """One arm of one run: evaluations in turn, mean success of all training rollouts, then first
+    and last iteration."""
+    success = column(path, "eval_success")[1]
+    training = column(path, "train_success")[1]
+    entropy = column(path, "entropy")[1]
+    facts = [value for value in column(path, "reasoning_accuracy")[1] if not math.isnan(value)]
+    cells = [
+        str(path.parent.relative_to(HERE)),
+        path.stem,
+        ", ".join(f"{100 * value:.1f}" for value in success),
+        f"{sum(training) / len(training):.1%}",
+        f"{100 * facts[0]:.0f} to {100 * facts[-1]:.0f}" if facts else "not logged",
+        f"{entropy[0]:.2f} to {entropy[-1]:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(folders: list[str]) -> None:
-    print(f"| {HEAD} |\n{'|---' * 6}|")
-    for folder in [HERE / name for name in folders] or sorted(HERE.iterdir()):
-        for run in sorted(path.parent for path in folder.rglob("config.json")):
-            for path in logs(run):
+    print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
+    for folder in [HERE / name for name in folders] or [HERE]:
+        for config in sorted(folder.rglob("config.json")):
+            for path in logs(config.parent):
                 print(row(path))
 
 

@@ -1,11 +1,20 @@
-"""Shared by the tests: devices to run on, and a tiny policy that is made in a second and knows nothing."""
+"""Shared by the tests: devices to run on, and a tiny policy that is made in a second and knows
+nothing."""
 
 import pytest
 import torch
 
 from policy import load_policy
+from warm_start import start_folder
 
-TINY = {"episodes": 80, "window_steps": 2, "episode_steps": 2, "hidden": 32, "vocabulary": 400}
+TINY = {
+    "episodes": 80,
+    "window_steps": 2,
+    "episode_steps": 2,
+    "hidden": 32,
+    "layers": 2,
+    "vocabulary": 400,
+}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -16,22 +25,27 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(cache):
-    """The built-in policy's code path with next to no training: it babbles, which makes for ragged and malformed turns."""
+def tiny_folder(cache):
+    """A start with next to no training as a checkpoint folder: it babbles, which makes for ragged
+    and malformed turns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACTFOCUS_CACHE", str(cache))
-        return load_policy(**TINY)
+        return start_folder("frozenlake", **TINY)
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tiny, tmp_path_factory):
-    """The tiny policy as a checkpoint folder, for `--model`."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny.save(folder)
-    return folder
+def tiny(tiny_folder):
+    """The same as a policy."""
+    return load_policy(tiny_folder)
 
 
 @pytest.fixture(scope="session")
-def built_in():
-    """The policy that users get, with its full warm start; made once and kept in the user's cache."""
-    return load_policy()
+def start():
+    """The committed checkpoint folder of FrozenLake's built-in model."""
+    return start_folder("frozenlake")
+
+
+@pytest.fixture(scope="session")
+def built_in(start):
+    """The policy that users get."""
+    return load_policy(start)

@@ -1,4 +1,5 @@
-"""actfocus.py: hand-computed values, both signs of the advantage with both clips, and the identities the method rests on."""
+"""actfocus.py: hand-computed values, both signs of the advantage with both clips, and the
+identities the method rests on."""
 
 import math
 
@@ -9,22 +10,27 @@ from actfocus import actfocus_weights, clipped_loss, group_advantages, reweight_
 
 
 def random_batch(seed: int, rows: int = 6, length: int = 20, dtype=torch.float32):
-    """logprob (a leaf), old_logprob, advantages, energy, reasoning, action, response: ragged, with some rows without actions."""
+    """logprob (a leaf), old_logprob, advantages, energy, reasoning, action, response: ragged, with
+    some rows without actions."""
     generator = torch.Generator().manual_seed(seed)
     logprob = (-3 * torch.rand(rows, length, generator=generator)).to(dtype).requires_grad_()
     old = (logprob.detach() + 0.4 * torch.randn(rows, length, generator=generator)).to(dtype)
-    kind = torch.randint(0, 4, (rows, length), generator=generator)  # 0 other, 1 format, 2 reasoning, 3 action
+    kind = torch.randint(
+        0, 4, (rows, length), generator=generator
+    )  # 0 other, 1 format, 2 reasoning, 3 action
     kind[0][kind[0] == 3] = 2
     advantages = torch.randn(rows, generator=generator).to(dtype)
     energy = -20 + 5 * torch.randn(rows, length, generator=generator)
     return logprob, old, advantages, energy, kind == 2, kind == 3, kind > 0
 
 
-# ------------------------------------------------------------------------------------------------------------ advantages
+# --------------------------------------------------------------------------------------- advantages
 def test_advantages_by_hand():
     # mean 0.25, unbiased std sqrt((0.75^2 + 3 * 0.25^2) / 3) = 0.5
     expected = torch.tensor([1.5, -0.5, -0.5, -0.5]) * (0.5 / (0.5 + 1e-6))
-    torch.testing.assert_close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        group_advantages(torch.tensor([1.0, 0, 0, 0]), 4), expected, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -0.3, 1e8, 1 / 3])
@@ -35,12 +41,16 @@ def test_equal_rewards_get_exactly_zero(value):
 def test_groups_do_not_mix_and_a_group_of_one_gets_zero():
     assert group_advantages(torch.tensor([1.0, 2.0, 3.0]), 1).tolist() == [0.0] * 3
     both = group_advantages(torch.tensor([0.0, 1.0, 10.0, 30.0]), 2)
-    torch.testing.assert_close(both, torch.tensor([-1.0, 1.0, -1.0, 1.0]) / math.sqrt(2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        both, torch.tensor([-1.0, 1.0, -1.0, 1.0]) / math.sqrt(2), rtol=1e-5, atol=0
+    )
 
 
 def test_advantages_of_integers_halves_and_nothing():
     assert group_advantages(torch.tensor([0, 1]), 2).dtype == torch.float32
-    assert group_advantages(torch.tensor([0.0, 1.0], dtype=torch.bfloat16), 2).dtype == torch.float32
+    assert (
+        group_advantages(torch.tensor([0.0, 1.0], dtype=torch.bfloat16), 2).dtype == torch.float32
+    )
     assert group_advantages(torch.zeros(0), 4).shape == (0,)
 
 
@@ -50,12 +60,14 @@ def test_advantages_refuse_what_does_not_split(shape, size):
         group_advantages(torch.zeros(shape), size)
 
 
-# --------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 def test_weights_by_hand():
     reasoning = torch.tensor([[True, False, False, False], [True, False, False, False]])
     action = torch.tensor([[False, True, False, False], [False, True, True, False]])
     response = torch.tensor([[True, True, True, False], [True, True, True, False]])
-    energy = torch.tensor([[99.0, -1.0, 99.0, 99.0], [99.0, -2.0, -6.0, 99.0]])  # action energies -1, -2, -6
+    energy = torch.tensor(
+        [[99.0, -1.0, 99.0, 99.0], [99.0, -2.0, -6.0, 99.0]]
+    )  # action energies -1, -2, -6
     mu, sigma = -3.0, math.sqrt((4 + 1 + 9) / 3 + 1e-6)
     focus = [1 + 0.5 / (1 + math.exp(-(e - mu) / sigma)) for e in (-1.0, -2.0, -6.0)]
     expected = torch.tensor([[0.1, focus[0], 1.0, 0.0], [0.1, focus[1], focus[2], 0.0]])
@@ -65,7 +77,10 @@ def test_weights_by_hand():
 def test_weights_ignore_the_signal_where_there_is_no_action():
     _, _, _, energy, reasoning, action, response = random_batch(3)
     spoiled = energy.masked_fill(~action, float("nan"))
-    assert torch.equal(actfocus_weights(energy, reasoning, action, response), actfocus_weights(spoiled, reasoning, action, response))
+    assert torch.equal(
+        actfocus_weights(energy, reasoning, action, response),
+        actfocus_weights(spoiled, reasoning, action, response),
+    )
 
 
 def test_weights_without_any_action_token():
@@ -76,7 +91,9 @@ def test_weights_without_any_action_token():
 
 def test_weights_of_equally_unsure_actions_are_half_way():
     everything = torch.ones(1, 3, dtype=torch.bool)
-    weights = actfocus_weights(torch.full((1, 3), -7.0), ~everything, everything, everything, beta=2.0)
+    weights = actfocus_weights(
+        torch.full((1, 3), -7.0), ~everything, everything, everything, beta=2.0
+    )
     assert weights.tolist() == [[2.0, 2.0, 2.0]]
 
 
@@ -84,7 +101,11 @@ def test_weights_stay_in_their_range_and_rise_with_energy():
     for seed in range(50):
         _, _, _, energy, reasoning, action, response = random_batch(seed)
         weights = actfocus_weights(energy, reasoning, action, response, 0.3, 2.0)
-        assert weights.dtype == torch.float32 and (weights[~response] == 0).all() and (weights[reasoning] == 0.3).all()
+        assert (
+            weights.dtype == torch.float32
+            and (weights[~response] == 0).all()
+            and (weights[reasoning] == 0.3).all()
+        )
         assert (weights[response & ~reasoning & ~action] == 1).all()
         assert ((weights[action] > 1) & (weights[action] < 3)).all()
         order = energy[action].argsort()
@@ -99,10 +120,15 @@ def test_weights_of_action_marked_outside_the_response_are_zero():
 def test_weights_take_bfloat16_signals():
     _, _, _, energy, reasoning, action, response = random_batch(5)
     low = actfocus_weights(energy.bfloat16(), reasoning, action, response)
-    torch.testing.assert_close(low, actfocus_weights(energy, reasoning, action, response), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        low, actfocus_weights(energy, reasoning, action, response), atol=0.01, rtol=0
+    )
 
 
-@pytest.mark.parametrize("alpha, beta, said", [(-0.1, 0.5, "alpha is -0.1"), (1.1, 0.5, "alpha is 1.1"), (0.1, -1.0, "beta is -1")])
+@pytest.mark.parametrize(
+    "alpha, beta, said",
+    [(-0.1, 0.5, "alpha is -0.1"), (1.1, 0.5, "alpha is 1.1"), (0.1, -1.0, "beta is -1")],
+)
 def test_weights_refuse(alpha, beta, said):
     masks = [torch.zeros(1, 2, dtype=torch.bool)] * 3
     with pytest.raises(ValueError, match=said):
@@ -111,7 +137,7 @@ def test_weights_refuse(alpha, beta, said):
         actfocus_weights(torch.zeros(2, 2), *masks)
 
 
-# ------------------------------------------------------------------------------------------------------------------ loss
+# --------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize(
     "ratio, advantage, gain, moves",
     [
@@ -161,7 +187,9 @@ def test_reweighted_advantages_give_the_same_update(seed):
     other = clipped_loss(logprob, old, scaled, response.float())
     torch.testing.assert_close(loss, other)
     torch.testing.assert_close(*(torch.autograd.grad(each, logprob)[0] for each in (loss, other)))
-    torch.testing.assert_close(reweight_advantages(advantages[:, None].expand_as(weights), weights, response), scaled)
+    torch.testing.assert_close(
+        reweight_advantages(advantages[:, None].expand_as(weights), weights, response), scaled
+    )
 
 
 def test_micro_batches_add_up_to_the_mini_batch():
@@ -169,7 +197,13 @@ def test_micro_batches_add_up_to_the_mini_batch():
     weights = actfocus_weights(energy, reasoning, action, response)
     whole = clipped_loss(logprob, old, advantages, weights)
     parts = [
-        clipped_loss(logprob[i : i + 2], old[i : i + 2], advantages[i : i + 2], weights[i : i + 2], normalizer=weights.sum())
+        clipped_loss(
+            logprob[i : i + 2],
+            old[i : i + 2],
+            advantages[i : i + 2],
+            weights[i : i + 2],
+            normalizer=weights.sum(),
+        )
         for i in (0, 2, 4)
     ]
     torch.testing.assert_close(sum(parts), whole)
@@ -178,7 +212,12 @@ def test_micro_batches_add_up_to_the_mini_batch():
 def test_packed_tokens_give_the_same_loss():
     logprob, old, advantages, energy, reasoning, action, response = random_batch(12)
     weights = actfocus_weights(energy, reasoning, action, response)
-    packed = clipped_loss(logprob[response], old[response], advantages[:, None].expand_as(old)[response], weights[response])
+    packed = clipped_loss(
+        logprob[response],
+        old[response],
+        advantages[:, None].expand_as(old)[response],
+        weights[response],
+    )
     torch.testing.assert_close(packed, clipped_loss(logprob, old, advantages, weights))
 
 
@@ -189,7 +228,11 @@ def test_padding_may_hold_anything():
     spoiled = logprob.detach().masked_fill(~response, float("inf")).requires_grad_()
     loss = clipped_loss(spoiled, old.masked_fill(~response, float("nan")), advantages, weights)
     loss.backward()
-    assert torch.equal(loss, clean) and spoiled.grad.isfinite().all() and (spoiled.grad[~response] == 0).all()
+    assert (
+        torch.equal(loss, clean)
+        and spoiled.grad.isfinite().all()
+        and (spoiled.grad[~response] == 0).all()
+    )
 
 
 def test_loss_of_nothing_is_zero():
@@ -197,17 +240,26 @@ def test_loss_of_nothing_is_zero():
     loss = clipped_loss(logprob, torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3))
     loss.backward()
     assert loss.item() == 0 and logprob.grad.abs().sum() == 0
-    assert reweight_advantages(torch.ones(2), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)).tolist() == [[0.0] * 3] * 2
+    assert (
+        reweight_advantages(
+            torch.ones(2), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+        ).tolist()
+        == [[0.0] * 3] * 2
+    )
 
 
 def test_loss_against_float64():
     logprob, old, advantages, energy, reasoning, action, response = random_batch(14)
     weights = actfocus_weights(energy, reasoning, action, response)
     exact = clipped_loss(logprob.double(), old.double(), advantages.double(), weights.double())
-    assert clipped_loss(logprob, old, advantages, weights).item() == pytest.approx(exact.item(), abs=1e-6)
+    assert clipped_loss(logprob, old, advantages, weights).item() == pytest.approx(
+        exact.item(), abs=1e-6
+    )
 
 
 def test_loss_takes_other_clips_and_per_token_advantages():
     logprob, old = torch.log(torch.tensor([[1.5, 0.5]])), torch.zeros(1, 2)
-    loss = clipped_loss(logprob, old, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2), clip_low=0.4, clip_high=0.1)
+    loss = clipped_loss(
+        logprob, old, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2), clip_low=0.4, clip_high=0.1
+    )
     assert loss.item() == pytest.approx(-(1.1 - 0.6) / 2)

@@ -1,7 +1,9 @@
-"""diagnose.py: the statistics against hand-computed values, the choice of tokens, and a real run whose page is taken apart."""
+"""diagnose.py and transcripts.py: the statistics against hand-computed values, the choice of
+tokens, what is refused, and a real run whose page is taken apart."""
 
 import csv
 import math
+import random
 import runpy
 import subprocess
 import sys
@@ -12,22 +14,40 @@ import numpy as np
 import pytest
 import torch
 
+import diagnose
+import worlds
 from diagnose import (
-    SIGNALS, TOKENS, correlations, draw_tokens, measure, pieces, printable, spearman, spearman_test, token_choices, turn_numbers,
-)  # fmt: skip
+    SIGNALS,
+    TOKENS,
+    DiagnoseConfig,
+    correlations,
+    measure,
+    spearman,
+    spearman_test,
+    token_choices,
+    turn_numbers,
+)
 from energy import TokenStats
-from rollout import Rollouts
+from policy import load_policy
+from report import parse
+from rollout import Rollouts, score_all
 from segment import Segment
+from transcripts import Piece, after_instructions, draw_tokens, pieces, printable
+from warm_start import WarmStart
 
 ROOT = Path(__file__).parents[1]
-O, F, R, A = Segment.OTHER, Segment.FORMAT, Segment.REASONING, Segment.ACTION
+O, F, R, A = Segment.OTHER, Segment.FORMAT, Segment.REASONING, Segment.ACTION  # noqa: E741
 
 
-# -------------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 def test_spearman_by_hand():
     assert spearman(np.array([1.0, 2, 3, 4]), np.array([4.0, 3, 2, 1])) == pytest.approx(-1)
-    assert spearman(np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])) == pytest.approx(0.8)  # 1 - 6 * 4 / 120
-    assert spearman(np.array([1.0, 1, 2, 2]), np.array([1.0, 2, 3, 4])) == pytest.approx(4 / math.sqrt(20))  # ties share ranks
+    assert spearman(np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])) == pytest.approx(
+        0.8
+    )  # 1 - 6 * 4 / 120
+    assert spearman(np.array([1.0, 1, 2, 2]), np.array([1.0, 2, 3, 4])) == pytest.approx(
+        4 / math.sqrt(20)
+    )  # ties share ranks
     assert math.isnan(spearman(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])))
 
 
@@ -37,13 +57,16 @@ def test_a_true_correlation_is_found_and_noise_is_not():
         a = rng.normal(size=100)
         rho, low, high, p = spearman_test(a, a + rng.normal(size=100), rng, resamples=200)
         assert -1 <= low < rho < high <= 1
-        found, inside = found + (p < 0.01), inside + (low < 6 / math.pi * math.asin(math.sqrt(0.5) / 2) < high)
+        found, inside = (
+            found + (p < 0.01),
+            inside + (low < 6 / math.pi * math.asin(math.sqrt(0.5) / 2) < high),
+        )
         ps.append(spearman_test(a, rng.normal(size=100), rng, resamples=200)[3])
     assert found == 40 and inside >= 34  # 95 % of 40 is 38
     assert 0.25 < np.mean(ps) < 0.75 and min(ps) < 0.3  # uniform under the null
 
 
-# ------------------------------------------------------------------------------------------------------- what a group shows
+# ------------------------------------------------------------------------------- what a group shows
 def two_rollouts():
     """Two episodes of two turns each, five tokens a turn, hand-made; both form one group."""
     turn = [F, R, A, A, F]
@@ -51,12 +74,25 @@ def two_rollouts():
     numbers = torch.arange(24, dtype=torch.float32).reshape(2, 12)
     zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     rollouts = Rollouts(
-        ids=torch.zeros(2, 12, dtype=torch.int64), labels=labels, old_logprob=-numbers, rewards=torch.tensor([0.0, 1.0]),
-        success=torch.tensor([False, True]), lengths=torch.tensor([12, 6]), finished=torch.tensor([False, True]),
-        turns=torch.tensor([2, 1]), factless=zeros, facts=ones, true_facts=ones,
-    )  # fmt: skip
+        ids=torch.zeros(2, 12, dtype=torch.int64),
+        labels=labels,
+        old_logprob=-numbers,
+        rewards=torch.tensor([0.0, 1.0]),
+        success=torch.tensor([False, True]),
+        lengths=torch.tensor([12, 6]),
+        finished=torch.tensor([False, True]),
+        turns=torch.tensor([2, 1]),
+        turns_without_facts=zeros,
+        facts=ones,
+        true_facts=ones,
+    )
     entropy = torch.zeros(2, 12)
-    entropy[0, 3], entropy[0, 10], entropy[1, 4], entropy[0, 2] = 1.0, 2.0, 0.5, 9.0  # 9 is on reasoning: it must not count
+    entropy[0, 3], entropy[0, 10], entropy[1, 4], entropy[0, 2] = (
+        1.0,
+        2.0,
+        0.5,
+        9.0,
+    )  # 9 is on reasoning: it must not count
     return rollouts, TokenStats(logprob=-numbers - 1, energy=10 * numbers, entropy=entropy)
 
 
@@ -64,46 +100,104 @@ def test_the_decision_is_the_most_uncertain_action_token_of_each_turn():
     rollouts, frozen = two_rollouts()
     chosen = token_choices(rollouts, frozen)
     assert chosen["decision"].nonzero().tolist() == [[0, 3], [0, 10], [1, 4]]
-    assert chosen["action"].sum() == 6 and chosen["reasoning"].sum() == 3 and chosen["all"].sum() == 15
+    assert (
+        chosen["action"].sum() == 6 and chosen["reasoning"].sum() == 3 and chosen["all"].sum() == 15
+    )
 
 
 def test_turns_are_counted_and_those_without_a_call_found():
-    rollouts, _ = two_rollouts()
     labels = torch.tensor([[O, R, F, O, O, R, A, F, O, F], [O, O, A, A, O, R, R, O, O, O]])
-    rollouts = rollouts.__class__(**{**vars(rollouts), "labels": labels})
-    assert turn_numbers(rollouts).tolist() == [[0, 1, 1, 1, 1, 2, 2, 2, 2, 3], [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]]
-    without_call = runpy.run_path(str(ROOT / "results" / "sudoku" / "blame.py"))["without_call"](rollouts)
+    response, action, reasoning = labels != O, labels == A, labels == R
+    assert turn_numbers(response).tolist() == [
+        [0, 1, 1, 1, 1, 2, 2, 2, 2, 3],
+        [0, 0, 1, 1, 1, 2, 2, 2, 2, 2],
+    ]
+    blame = runpy.run_path(str(ROOT / "results" / "sudoku" / "blame.py"))
+    without_call = blame["without_call"](action, response)
     assert without_call.nonzero().tolist() == [[0, 1], [0, 2], [0, 9], [1, 5], [1, 6]]
+    energy = torch.arange(20, dtype=torch.float32).reshape(2, 10)
+    weights = blame["blaming_weights"](energy, reasoning, action, response, alpha=0.1, beta=0.0)
+    assert weights[0].tolist() == pytest.approx([0, 1, 1, 0, 0, 0.1, 1, 1, 0, 1])
+    assert weights[1].tolist() == pytest.approx([0, 0, 1, 1, 0, 1, 1, 0, 0, 0])
+
+
+def test_blame_changes_the_weights_of_the_loop(monkeypatch):
+    blame = runpy.run_path(str(ROOT / "results" / "sudoku" / "blame.py"))
+    trainer, seen = blame["train_grpo"], {}
+
+    def run(config, arms):
+        seen.update(config=config, arms=arms, weights=trainer.actfocus_weights)
+
+    monkeypatch.setattr(trainer, "actfocus_weights", trainer.actfocus_weights)  # put back after
+    monkeypatch.setattr(trainer, "run", run)
+    blame["main"](3)
+    assert (seen["config"].env, seen["config"].seed) == ("sudoku", 3)
+    assert seen["arms"] == {"actfocus": trainer.ActFocus(0.1, 0.5)}
+    assert seen["weights"] is blame["blaming_weights"]
+
+
+def test_the_harder_worlds_are_diagnosed_and_take_the_options_of_their_own(monkeypatch):
+    monkeypatch.setattr(worlds, "ENVIRONMENTS", dict(worlds.ENVIRONMENTS))
+    configs = []
+    monkeypatch.setattr(diagnose, "diagnose", configs.append)
+    main = runpy.run_path(str(ROOT / "results" / "action-bottleneck" / "harder.py"))["main"]
+    main()
+    assert [(config.env, config.temperature, Path(config.out).name) for config in configs] == [
+        ("sokoban-harder", 1.0, "sokoban-harder"),
+        ("sokoban-harder", 0.5, "sokoban-harder-t05"),
+        ("frozenlake-harder", 1.0, "frozenlake-harder"),
+        ("frozenlake-harder", 0.5, "frozenlake-harder-t05"),
+    ]
+    for world in ("frozenlake-harder", "sokoban-harder"):
+        env = WarmStart(world, thoughts=2).make_env()
+        assert env.thoughts == 2
+        env.reset(0)
+        assert "<tool_call>" in env.demonstrate(random.Random(0), env.skill)
 
 
 def test_group_means_by_hand():
     rollouts, frozen = two_rollouts()
-    (row,) = measure(rollouts, frozen, range(7, 8), group_size=2)
+    logprob = rollouts.old_logprob
+    rollouts.old_logprob = torch.full_like(logprob, math.nan)  # what the sampler said is not read
+    (row,) = measure(rollouts, frozen, logprob, range(7, 8), group_size=2)
     assert (row["seed"], row["success"], row["reward_variance"], row["turns"]) == (7, 0.5, 0.5, 1.5)
     assert row["action_fraction"] == pytest.approx(6 / 15) and row["tokens"] == 7.5
     assert row["energy_action"] == pytest.approx(10 * (3 + 4 + 9 + 10 + 15 + 16) / 6)
     assert row["energy_reasoning"] == pytest.approx(10 * (2 + 8 + 14) / 3)
-    assert row["nll_decision"] == pytest.approx((3 + 10 + 16) / 3) and row["shift_all"] == pytest.approx(1.0)
+    assert row["nll_decision"] == pytest.approx((3 + 10 + 16) / 3)
+    assert row["shift_all"] == pytest.approx(1.0)
 
 
 def test_correlations_name_what_is_constant_or_missing():
     rng = np.random.default_rng(0)
-    groups = [{f"{signal}_{tokens}": float(rng.normal()) for signal in SIGNALS for tokens in TOKENS} for _ in range(20)]
+    names = [f"{signal}_{tokens}" for signal in SIGNALS for tokens in TOKENS]
+    groups = [{name: float(rng.normal()) for name in names} for _ in range(20)]
     for i, row in enumerate(groups):
-        row |= {"success": i / 20, "reward_variance": row["energy_action"] ** 3, "shift_all": 1e-9 * i, "nll_reasoning": math.nan}
+        row["success"] = i / 20
+        row["reward_variance"] = row["energy_action"] ** 3
+        row["shift_all"] = 0.0
+        row["shift_action"] = 1e-9 * row["reward_variance"]  # small, but no rounding
+        row["nll_reasoning"] = math.nan
     table = {(each.signal, each.tokens): each for each in correlations(groups, rng)}
     assert len(table) == len(SIGNALS) * len(TOKENS) + 1
-    assert table["energy", "action"].rho == pytest.approx(1) and table["energy", "action"].p < 0.001
-    assert math.isnan(table["shift", "all"].rho) and math.isnan(table["nll", "reasoning"].rho) and table["nll", "reasoning"].groups == 0
+    energy = table["energy", "action"]
+    assert energy.rho == pytest.approx(1) and energy.p < 0.001
+    assert math.isnan(table["shift", "all"].rho)
+    assert table["shift", "action"].rho == pytest.approx(1)
+    missing = table["nll", "reasoning"]
+    assert math.isnan(missing.rho) and missing.groups == 0
+    assert table["success", ""].rho_success == pytest.approx(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 def test_nothing_invisible_or_misleading_reaches_the_page():
     assert printable("a\x00b\u202ec\u200b\td\ne") == "a\\x00b\\u202ec\\u200b\\td\ne"
 
 
 def test_a_long_transcript_is_drawn(tmp_path):
-    draw_tokens(tmp_path / "t.png", "title", [("system\nx\nuser\ngame", None)] + [("word$\n", 0)] * 300 + [("end", None)], [1.2])
+    start, end = Piece("system\nx\nuser\ngame", None), Piece("end", None)
+    transcript = [start] + [Piece("word$\n", 0)] * 300 + [end]
+    draw_tokens(tmp_path / "t.png", "title", transcript, [1.2])
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,8 +225,9 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis")
-    flags = f"--model {tiny_folder} --groups 9 --group-size 4 --batch 12 --max-turn-tokens 40 --device cpu --out {out}"
-    result = subprocess.run([sys.executable, "diagnose.py", *flags.split()], cwd=ROOT, capture_output=True, text=True)
+    flags = f"--model {tiny_folder} --groups 9 --group-size 4 --batch 12 --max-turn-tokens 40"
+    command = [sys.executable, "diagnose.py", *flags.split(), "--device", "cpu", "--out", str(out)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return out, result.stdout
 
@@ -140,10 +235,14 @@ def run(tiny_folder, tmp_path_factory):
 def test_a_run_leaves_tables_and_pictures(run):
     out, said = run
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "groups.csv", "correlations.csv", "bottleneck.png", "tokens.html", "tokens.png",
-    }  # fmt: skip
-    with (out / "groups.csv").open() as file:
-        groups = list(csv.DictReader(file))
+        "config.json",
+        "groups.csv",
+        "correlations.csv",
+        "bottleneck.png",
+        "tokens.html",
+        "tokens.png",
+    }
+    groups = groups_of(out)
     assert len(groups) == 9 and len({row["seed"] for row in groups}) == 9
     with (out / "correlations.csv").open() as file:
         table = {(row["signal"], row["tokens"]): row for row in csv.DictReader(file)}
@@ -156,12 +255,27 @@ def test_the_page_holds_every_sampled_token_and_loads_nothing(run):
     assert "http" not in text and "url(" not in text and "@import" not in text
     page = Page()
     page.feed(text)
-    assert page.open == [] and page.tags <= {"html", "meta", "title", "style", "h1", "h2", "p", "span", "s", "b", "i", "pre"}
+    assert page.open == [] and page.tags <= {
+        "html",
+        "meta",
+        "title",
+        "style",
+        "h1",
+        "h2",
+        "p",
+        "span",
+        "s",
+        "b",
+        "i",
+        "pre",
+    }
     assert len(page.tips) > 100 and all(len(tip.split("·")) == 4 for tip in page.tips)
     weights = [float(tip.split("·")[1].split()[1]) for tip in page.tips]
     for tip, weight in zip(page.tips, weights, strict=True):
         name = tip.split(" ")[0]
-        assert {"REASONING": weight == 0.1, "FORMAT": weight == 1, "ACTION": 1 <= weight <= 1.5}[name]
+        assert {"REASONING": weight == 0.1, "FORMAT": weight == 1, "ACTION": 1 <= weight <= 1.5}[
+            name
+        ]
 
 
 def test_transcripts_are_whole_and_escaped(tiny):
@@ -170,15 +284,157 @@ def test_transcripts_are_whole_and_escaped(tiny):
     labels = torch.tensor([[O] * 3 + [F] * (len(ids) - 3)])
     none = torch.zeros(1, dtype=torch.int64)
     rollouts = Rollouts(
-        torch.tensor([ids]), labels, torch.zeros(labels.shape), none.float(), none.bool(), torch.tensor([len(ids)]),
-        none.bool(), none, none, none, none,
-    )  # fmt: skip
+        ids=torch.tensor([ids]),
+        labels=labels,
+        old_logprob=torch.zeros(labels.shape),
+        rewards=none.float(),
+        success=none.bool(),
+        lengths=torch.tensor([len(ids)]),
+        finished=none.bool(),
+        turns=none,
+        turns_without_facts=none,
+        facts=none,
+        true_facts=none,
+    )
     found = pieces(tiny, rollouts, 0)
     assert "".join(text for text, _ in found) == forged
     assert [position for _, position in found] == [None, *range(3, len(ids))]
 
 
-def test_a_trained_policy_can_play_and_a_foreign_tokenizer_is_refused(tiny_folder, tmp_path):
-    flags = f"--model {tiny_folder} --checkpoint {tmp_path}/nowhere --groups 8 --group-size 2 --out {tmp_path}/out"
-    result = subprocess.run([sys.executable, "diagnose.py", *flags.split()], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and "the policy cannot be loaded" in result.stderr and "Traceback" not in result.stderr
+def test_only_the_instructions_are_left_out_of_a_picture():
+    assert after_instructions("system\nx user\nuser\ngame\nP b2") == "user\ngame\nP b2"
+    assert after_instructions("game\nP b2") == "game\nP b2"
+
+
+# ------------------------------------------------------------------- who plays, and what is refused
+SMALL = {"groups": 8, "group_size": 2, "batch": 16, "max_turn_tokens": 20, "max_tokens": 900}
+
+
+def groups_of(out):
+    with (out / "groups.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def shifts(out):
+    """The log-prob shift of every group over all its tokens."""
+    return [float(row["shift_all"]) for row in groups_of(out)]
+
+
+def small_run(out, **settings):
+    diagnose.diagnose(DiagnoseConfig(**SMALL, **settings, device="cpu", out=str(out)))
+
+
+def test_the_reference_does_not_shift_from_itself(run):
+    """By rounding it did: decoding token by token and a whole forward pass differ."""
+    for row in groups_of(run[0]):
+        assert {row[f"shift_{tokens}"] for tokens in TOKENS} <= {"0", "nan"}
+        assert float(row["nll_all"]) > 1  # it babbles
+
+
+def test_a_sampler_that_rounds_otherwise_does_not_show_in_the_shift(
+    tiny_folder, tmp_path, monkeypatch
+):
+    """As on CUDA, where sampling is in float32 and scoring in bfloat16."""
+    play, said = diagnose.play, []
+
+    def rough(*args):
+        rollouts = play(*args)
+        noise = 0.01 * torch.randn(rollouts.old_logprob.shape, generator=generator)
+        said.append((rollouts.old_logprob.sum() / rollouts.response.sum()).item())
+        rollouts.old_logprob += noise * rollouts.response
+        return rollouts
+
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(diagnose, "play", rough)
+    small_run(tmp_path / "itself", model=str(tiny_folder))
+    small_run(tmp_path / "same", model=str(tiny_folder), checkpoint=str(tiny_folder))
+    assert shifts(tmp_path / "itself") == [0.0] * 8
+    assert shifts(tmp_path / "same") == [0.0] * 8
+    rows = groups_of(tmp_path / "itself")
+    tokens = sum(float(row["tokens"]) for row in rows)
+    nll = sum(float(row["nll_all"]) * float(row["tokens"]) for row in rows) / tokens
+    assert nll == pytest.approx(-said[0], rel=1e-4)
+
+
+def test_a_trained_policy_plays_and_its_shift_is_its_own(tiny_folder, tmp_path, monkeypatch):
+    trained = load_policy(tiny_folder)
+    with torch.no_grad():
+        for weight in trained.model.parameters():
+            weight.mul_(1.3)
+    trained.save(tmp_path / "trained")
+    play, played = diagnose.play, []
+
+    def watched(*args):
+        played.append(play(*args))
+        return played[-1]
+
+    monkeypatch.setattr(diagnose, "play", watched)
+    small_run(tmp_path / "out", model=str(tiny_folder), checkpoint=str(tmp_path / "trained"))
+    (rollouts,) = played
+    reference = load_policy(tiny_folder)
+    frozen = score_all(reference, rollouts, rollouts.response, 1.0, 8192)
+    for g, row in enumerate(groups_of(tmp_path / "out")):
+        group = slice(2 * g, 2 * g + 2)
+        mask = rollouts.response[group]
+        said = rollouts.old_logprob[group][mask]
+        energy = frozen.energy[group][mask].mean().item()
+        shift = said - frozen.logprob[group][mask]
+        assert float(row["nll_all"]) == pytest.approx(-said.mean().item(), rel=1e-4)
+        assert float(row["shift_all"]) == pytest.approx(shift.mean().item(), rel=1e-3)
+        assert float(row["energy_all"]) == pytest.approx(energy, rel=1e-4)
+        assert shift.mean() > 0.01  # who samples thinks more of the samples
+
+
+def test_a_checkpoint_that_is_none_or_has_another_tokenizer_is_refused(
+    tiny, tiny_folder, tmp_path, monkeypatch
+):
+    flags = f"--model {tiny_folder} --checkpoint {tmp_path}/nowhere --groups 8 --group-size 2"
+    command = [sys.executable, "diagnose.py", *flags.split(), "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "the policy cannot be loaded" in result.stderr
+    assert "Traceback" not in result.stderr
+
+    foreign = load_policy(tiny_folder)
+    foreign.bytes_of = foreign.bytes_of[1:] + foreign.bytes_of[:1]
+    policies = iter([tiny, foreign])
+    monkeypatch.setattr(diagnose, "load_policy", lambda *_: next(policies))
+    config = DiagnoseConfig(model="any", checkpoint="other", out=str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="--checkpoint other has another tokenizer"):
+        diagnose.diagnose(config)
+
+
+@pytest.mark.parametrize("flag, value", [("--skill", "0.5"), ("--warm-start-seed", "0")])
+def test_flags_of_the_built_in_model_are_refused_beside_model(flag, value, capsys):
+    """They were ignored."""
+    with pytest.raises(SystemExit) as stop:
+        parse(DiagnoseConfig, "", ["--model", "any", flag, value, "--device", "cpu"])
+    assert stop.value.code == 2
+    assert f"error: {flag} is of the built-in model" in capsys.readouterr().err
+    assert parse(DiagnoseConfig, "", [flag, value, "--device", "cpu"])
+
+
+def test_flags_of_the_built_in_model_reach_it_only_when_given(monkeypatch):
+    asked = []
+
+    def start_folder(env, **settings):
+        asked.append((env, settings))
+        raise ValueError("no model today")
+
+    monkeypatch.setattr(diagnose, "start_folder", start_folder)
+    shaped = DiagnoseConfig(env="shop", skill=0.0, warm_start_seed=0)
+    for config in (DiagnoseConfig(), shaped):
+        with pytest.raises(SystemExit, match="the policy cannot be loaded: no model today"):
+            diagnose.load_policies(config)
+    assert asked == [("frozenlake", {}), ("shop", {"skill": 0.0, "seed": 0})]
+
+
+def test_other_flags_that_cannot_work_are_refused(tmp_path, capsys):
+    (tmp_path / "grpo.csv").write_text("iteration\n")
+    for flags, reason in (
+        (["--env", "chess"], "there is no environment 'chess'"),
+        (["--out", str(tmp_path)], "holds a training run"),
+        (["--skill", "2"], "--skill is 2.0: it must be at least 0 and at most 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(DiagnoseConfig, "", [*flags, "--device", "cpu"])
+        assert reason in capsys.readouterr().err

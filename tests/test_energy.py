@@ -26,7 +26,11 @@ def inputs(device, n=37, width=16, vocabulary=101, dtype=torch.float32, scale=1.
     weight = torch.randn(vocabulary, width, generator=generator)
     targets = torch.randint(0, vocabulary, (n,), generator=generator)
     coefficients = torch.randn(3, n, generator=generator)  # of a loss that mixes all three outputs
-    return (*(x.to(device, dtype).requires_grad_() for x in (hidden, weight)), targets.to(device), coefficients.to(device))
+    return (
+        *(x.to(device, dtype).requires_grad_() for x in (hidden, weight)),
+        targets.to(device),
+        coefficients.to(device),
+    )
 
 
 def mixed_loss(outputs, coefficients):
@@ -48,8 +52,15 @@ def test_matches_float64(device, temperature, chunk_size, scale):
     outputs = token_stats(hidden, weight, targets, temperature=temperature, chunk_size=chunk_size)
     for name, x, expected in zip(outputs._fields, outputs, exact, strict=True):
         assert x.dtype == torch.float32 and x.shape == targets.shape
-        # 1e-5 of what the number is made of: an entropy of 1e-3 is the difference of two numbers of about 100
-        torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5 * max(1.0, exact[1].abs().max().item()), msg=name)
+        # 1e-5 of what the number is made of: an entropy of 1e-3 is the difference of two numbers of
+        # about 100
+        torch.testing.assert_close(
+            x.double(),
+            expected,
+            rtol=1e-5,
+            atol=1e-5 * max(1.0, exact[1].abs().max().item()),
+            msg=name,
+        )
     mixed_loss(outputs, coefficients).backward()
     mixed_loss(exact, coefficients.double()).backward()
     for x, expected in zip((hidden, weight), exact_inputs, strict=True):
@@ -60,7 +71,10 @@ def test_matches_float64(device, temperature, chunk_size, scale):
 def test_gradient_through_each_output_alone(only):
     hidden, weight, targets, coefficients = inputs("cpu")
     exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    (token_stats(hidden, weight, targets, temperature=0.7, chunk_size=10)[only] * coefficients[only]).sum().backward()
+    (
+        token_stats(hidden, weight, targets, temperature=0.7, chunk_size=10)[only]
+        * coefficients[only]
+    ).sum().backward()
     (reference(*exact_inputs, targets, 0.7)[only] * coefficients[only].double()).sum().backward()
     for x, expected in zip((hidden, weight), exact_inputs, strict=True):
         assert relative_error(x.grad, expected.grad) < 1e-4
@@ -69,11 +83,15 @@ def test_gradient_through_each_output_alone(only):
 @pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_inputs_with_float32_accumulation(device):
     hidden, weight, targets, coefficients = inputs(device, dtype=torch.bfloat16, n=200)
-    exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]  # of the rounded inputs
+    exact_inputs = [
+        x.detach().double().requires_grad_() for x in (hidden, weight)
+    ]  # of the rounded inputs
     exact = reference(*exact_inputs, targets)
     outputs = token_stats(hidden, weight, targets, chunk_size=7)
     for x, expected in zip(outputs, exact, strict=True):
-        torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-4)  # nothing is rounded to bfloat16 on the way
+        torch.testing.assert_close(
+            x.double(), expected, rtol=1e-5, atol=1e-4
+        )  # nothing is rounded to bfloat16 on the way
     mixed_loss(outputs, coefficients).backward()
     mixed_loss(exact, coefficients.double()).backward()
     for x, expected in zip((hidden, weight), exact_inputs, strict=True):
@@ -116,7 +134,9 @@ def test_token_energy(dtype):
     logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
     energy = token_energy(logits)
     assert energy.dtype == torch.float32 and energy.shape == (2, 3)
-    torch.testing.assert_close(energy.double(), -logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        energy.double(), -logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6
+    )
     # A constant added to all logits is uncertainty that softmax cannot see, and energy does.
     torch.testing.assert_close(token_energy(logits.float() + 3), token_energy(logits) - 3)
 
@@ -134,14 +154,28 @@ def test_refuses_what_does_not_fit():
 
 
 def test_memory_is_under_an_eighth_of_the_full_logits_way():
-    """The ratio depends on N, H and the number of chunks, not on V: a ninth of Qwen's vocabulary, in as many chunks.
+    """The ratio depends on N, H and the number of chunks, not on V: a ninth of Qwen's vocabulary,
+    in as many chunks.
 
     `python bench.py loss` measures the full size.
     """
     extra = {}
     for way in ("full", "recomputed", "fused"):
         size = ["4096", "16384", "896", "cpu", "float32"] + ["110"] * (way != "full")
-        command = [sys.executable, str(Path(__file__).parents[1] / "bench.py"), "--child", way, *size]
-        runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(1 + (way != "full"))]
-        extra[way] = min(json.loads(run.stdout)[1] for run in runs)  # the system's count of pages is some 5 % off, upwards
-    assert 0 < extra["recomputed"] < extra["full"] / 8 and 0 < extra["fused"] < extra["full"] / 8, extra
+        command = [
+            sys.executable,
+            str(Path(__file__).parents[1] / "bench.py"),
+            "--child",
+            way,
+            *size,
+        ]
+        runs = [
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            for _ in range(1 + (way != "full"))
+        ]
+        extra[way] = min(
+            json.loads(run.stdout)[1] for run in runs
+        )  # the system's count of pages is some 5 % off, upwards
+    assert 0 < extra["recomputed"] < extra["full"] / 8 and 0 < extra["fused"] < extra["full"] / 8, (
+        extra
+    )

@@ -6,17 +6,26 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from actfocus import fused_policy_loss, policy_loss
+from fused_loss import fused_policy_loss, policy_loss
 
 
 def case(seed, n=50, width=16, vocabulary=40, dtype=torch.float32):
-    """Hidden states, head, targets and per-token arguments of tokens at ratios around 1, some of weight 0, of either sign."""
+    """Hidden states, head, targets and per-token arguments of tokens at ratios around 1, some of
+    weight 0, of either sign."""
     rng = torch.Generator().manual_seed(seed)
-    hidden, head = torch.randn(n, width, generator=rng).to(dtype), torch.randn(vocabulary, width, generator=rng).to(dtype)
+    hidden, head = (
+        torch.randn(n, width, generator=rng).to(dtype),
+        torch.randn(vocabulary, width, generator=rng).to(dtype),
+    )
     targets = torch.randint(vocabulary, (n,), generator=rng)
-    logprob = (hidden.float() @ head.float().T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    logprob = (
+        (hidden.float() @ head.float().T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    )
     old, reference = (logprob + 0.3 * torch.randn(n, generator=rng) for _ in range(2))
-    advantages, weights = torch.randn(n, generator=rng), torch.rand(n, generator=rng).sub(0.2).clamp(min=0)
+    advantages, weights = (
+        torch.randn(n, generator=rng),
+        torch.rand(n, generator=rng).sub(0.2).clamp(min=0),
+    )
     return hidden, head, targets, old, advantages, weights, reference
 
 
@@ -27,7 +36,7 @@ def run(loss_of, case, dtype, device="cpu", **options):
     *per_token, reference = [x.to(dtype if dtype == torch.float64 else torch.float32) for x in rest]
     if options.get("kl_coef"):
         options["ref_logprob"] = reference
-    loss = loss_of(*leaves, targets, *per_token, **options)
+    loss = loss_of(*leaves, targets, *per_token, **options).loss
     loss.backward()
     return loss.item(), *(leaf.grad.double().cpu() for leaf in leaves)
 
@@ -42,7 +51,14 @@ OPTIONS = [
     {"kl_coef": 0.1},
     {"entropy_coef": 0.01},
     {"temperature": 1.3, "kl_coef": 0.1, "entropy_coef": 0.05},
-    {"clip_low": 0.05, "clip_high": 0.05, "normalizer": 7.0, "count": 123, "kl_coef": 0.1, "entropy_coef": 0.05},
+    {
+        "clip_low": 0.05,
+        "clip_high": 0.05,
+        "normalizer": 7.0,
+        "count": 123,
+        "kl_coef": 0.1,
+        "entropy_coef": 0.05,
+    },
 ]
 
 
@@ -52,7 +68,9 @@ OPTIONS = [
 def test_value_and_gradient_are_those_of_the_plain_loss(options, seed, n, chunk_size, device):
     some = case(seed, n)
     exact, *expected = run(policy_loss, some, torch.float64, **options)
-    loss, *found = run(fused_policy_loss, some, torch.float32, device, chunk_size=chunk_size, **options)
+    loss, *found = run(
+        fused_policy_loss, some, torch.float32, device, chunk_size=chunk_size, **options
+    )
     assert loss == pytest.approx(exact, rel=1e-4, abs=1e-6)
     for a, b in zip(found, expected, strict=True):
         assert far(a, b) < 1e-4 or b.norm() == 0
@@ -70,42 +88,62 @@ def test_bfloat16_keeps_two_digits(options, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_head_gradient_is_summed_in_float32_under_autocast(device):
-    """A float32 head under autocast, in chunks of one: a bfloat16 sum of so many small parts would be far off."""
+    """A float32 head under autocast, in chunks of one: a bfloat16 sum of so many small parts would
+    be far off."""
     some = case(5, n=3000)
-    _, _, whole = run(policy_loss, (some[0].bfloat16(), some[1].bfloat16(), *some[2:]), torch.float64)
+    _, _, whole = run(
+        policy_loss, (some[0].bfloat16(), some[1].bfloat16(), *some[2:]), torch.float64
+    )
     with torch.autocast(device, torch.bfloat16):
         _, _, found = run(fused_policy_loss, some, torch.float32, device, chunk_size=1)
     assert far(found, whole) < 3e-3
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-@pytest.mark.parametrize("ratio, gains", [(1.0, {1.0: 1.0, -1.0: -1.0}), (2.0, {1.0: 1.28, -1.0: -2.0}), (0.5, {1.0: 0.5, -1.0: -0.8})])
+@pytest.mark.parametrize(
+    "ratio, gains",
+    [(1.0, {1.0: 1.0, -1.0: -1.0}), (2.0, {1.0: 1.28, -1.0: -2.0}), (0.5, {1.0: 0.5, -1.0: -0.8})],
+)
 def test_clipping_by_hand(advantage, ratio, gains):
     """Four equal logits: the log-prob is log 1/4. Where the clip is active the gradient is 0."""
     hidden, head = torch.zeros(1, 8, requires_grad=True), torch.eye(4, 8)
     old = torch.tensor([math.log(0.25 / ratio)])
-    loss = fused_policy_loss(hidden, head, torch.tensor([2]), old, torch.tensor([advantage]), torch.tensor([0.1]))
-    assert loss.item() == pytest.approx(-gains[advantage], abs=1e-5)  # one token: its weight cancels
+    loss = fused_policy_loss(
+        hidden, head, torch.tensor([2]), old, torch.tensor([advantage]), torch.tensor([0.1])
+    ).loss
+    assert loss.item() == pytest.approx(
+        -gains[advantage], abs=1e-5
+    )  # one token: its weight cancels
     loss.backward()
     clipped = abs(gains[advantage]) != ratio
-    assert hidden.grad[0, 2].item() == pytest.approx(0 if clipped else -0.75 * advantage * ratio, abs=1e-5)
+    assert hidden.grad[0, 2].item() == pytest.approx(
+        0 if clipped else -0.75 * advantage * ratio, abs=1e-5
+    )
 
 
 def test_entropy_and_kl_by_hand():
     hidden, head, zero = torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(1)
     old = torch.tensor([math.log(0.25)])
     options = {"entropy_coef": 0.5, "kl_coef": 2.0, "ref_logprob": old - 1}
-    loss, logprob, entropy = fused_policy_loss(hidden, head, torch.tensor([1]), old, zero, zero, **options, return_stats=True)
+    loss, logprob, entropy = fused_policy_loss(
+        hidden, head, torch.tensor([1]), old, zero, zero, **options
+    )
     assert loss.item() == pytest.approx(2.0 - 0.5 * math.log(4), abs=1e-6)
-    assert logprob.item() == pytest.approx(math.log(0.25), abs=1e-6) and entropy.item() == pytest.approx(math.log(4), abs=1e-6)
+    assert logprob.item() == pytest.approx(
+        math.log(0.25), abs=1e-6
+    ) and entropy.item() == pytest.approx(math.log(4), abs=1e-6)
 
 
 def test_micro_batches_add_up():
     hidden, head, targets, *per_token, reference = case(6)
     options = {"kl_coef": 0.1, "entropy_coef": 0.01, "normalizer": per_token[2].sum(), "count": 50}
-    whole, _, expected = run(fused_policy_loss, (hidden, head, targets, *per_token, reference), torch.float32, **options)
-    parts = [run(fused_policy_loss, [x if x is head else x[rows] for x in (hidden, head, targets, *per_token, reference)], torch.float32, **options)
-             for rows in (slice(0, 20), slice(20, 50))]  # fmt: skip
+    whole, _, expected = run(
+        fused_policy_loss, (hidden, head, targets, *per_token, reference), torch.float32, **options
+    )
+    parts = []
+    for rows in (slice(0, 20), slice(20, 50)):
+        some = [hidden[rows], head, *(x[rows] for x in (targets, *per_token, reference))]
+        parts.append(run(fused_policy_loss, some, torch.float32, **options))
     assert sum(part[0] for part in parts) == pytest.approx(whole, abs=1e-6)
     torch.testing.assert_close(parts[0][2] + parts[1][2], expected)
 
@@ -113,7 +151,7 @@ def test_micro_batches_add_up():
 def test_it_scales_with_the_gradient_that_comes_back_and_gives_it_once():
     hidden, head, targets, *per_token, _ = case(7)
     leaf = hidden.clone().requires_grad_()
-    loss = fused_policy_loss(leaf, head, targets, *per_token)
+    loss = fused_policy_loss(leaf, head, targets, *per_token).loss
     (3 * loss).backward(retain_graph=True)
     _, expected, _ = run(fused_policy_loss, case(7), torch.float32)
     torch.testing.assert_close(leaf.grad.double(), 3 * expected)
@@ -126,18 +164,22 @@ def test_only_the_gradients_that_are_wanted():
     _, on_hidden, on_head = run(fused_policy_loss, case(8), torch.float32)
     for frozen, leaf, expected in ((head, hidden, on_hidden), (hidden, head, on_head)):
         leaf = leaf.clone().requires_grad_()
-        fused_policy_loss(*((leaf, frozen) if leaf.shape == hidden.shape else (frozen, leaf)), targets, *per_token).backward()
+        fused_policy_loss(
+            *((leaf, frozen) if leaf.shape == hidden.shape else (frozen, leaf)), targets, *per_token
+        ).loss.backward()
         torch.testing.assert_close(leaf.grad.double(), expected)
-    assert not fused_policy_loss(hidden, head, targets, *per_token).requires_grad
+    assert not fused_policy_loss(hidden, head, targets, *per_token).loss.requires_grad
 
 
 def test_no_tokens_and_no_weight_give_zero():
     hidden, head, targets, *per_token, _ = case(9)
-    none = fused_policy_loss(hidden[:0].requires_grad_(), head, targets[:0], *(x[:0] for x in per_token))
+    none = fused_policy_loss(
+        hidden[:0].requires_grad_(), head, targets[:0], *(x[:0] for x in per_token)
+    ).loss
     assert none.item() == 0
     none.backward()
     leaf = hidden.clone().requires_grad_()
-    nothing = fused_policy_loss(leaf, head, targets, *per_token[:2], torch.zeros(50))
+    nothing = fused_policy_loss(leaf, head, targets, *per_token[:2], torch.zeros(50)).loss
     nothing.backward()
     assert nothing.item() == 0 and (leaf.grad == 0).all()
 
@@ -145,7 +187,10 @@ def test_no_tokens_and_no_weight_give_zero():
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"old_logprob": torch.zeros(3)}, r"old_logprob is \(3,\): expected one number a target, \(50,\)"),
+        (
+            {"old_logprob": torch.zeros(3)},
+            r"old_logprob is \(3,\): expected one number a target, \(50,\)",
+        ),
         ({"weights": torch.zeros(50, 1)}, r"weights is \(50, 1\)"),
         ({"kl_coef": 0.1}, "ref_logprob is None"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "expected hidden"),
@@ -154,6 +199,25 @@ def test_no_tokens_and_no_weight_give_zero():
     ],
 )
 def test_what_does_not_fit_is_refused(change, said):
-    names = ("hidden", "weight", "targets", "old_logprob", "advantages", "weights")
+    names = ("hidden", "head", "targets", "old_logprob", "advantages", "weights")
     with pytest.raises(ValueError, match=said):
         fused_policy_loss(**(dict(zip(names, case(10)[:-1], strict=True)) | change))
+
+
+def test_both_losses_give_the_same_statistics():
+    *inputs, reference = case(11)
+    options = {"temperature": 0.8, "kl_coef": 0.1, "entropy_coef": 0.05, "ref_logprob": reference}
+    plain = policy_loss(*inputs, **options)
+    fused = fused_policy_loss(*inputs, chunk_size=7, **options)
+    for name, a, b in zip(plain._fields, plain, fused, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert not fused.logprob.requires_grad and not plain.logprob.requires_grad
+
+
+def test_a_second_derivative_is_refused_and_not_silently_zero():
+    hidden, head, targets, *per_token, _ = case(12)
+    leaf = hidden.clone().requires_grad_()
+    loss = fused_policy_loss(leaf, head, targets, *per_token).loss
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.square().sum().backward()

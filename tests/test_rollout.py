@@ -6,14 +6,16 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from envs import Step, make_env, tool_schema
-from policy import load_policy
+from envs import Step, tool_schema
+from policy import Policy, load_policy
 from rollout import PreallocatedLayer, rollout, sample
 from segment import Segment, segment_turn
+from worlds import make_env
 
 
 class Ragged:
-    """An environment with prompts and observations of very different lengths, and 1 to 4 turns, that keeps what it was told."""
+    """An environment with prompts and observations of very different lengths, and 1 to 4 turns,
+    that keeps what it was told."""
 
     system, tools = "Say something.", [tool_schema("say", "Say it.", {"word": {"type": "string"}})]
     done = False
@@ -28,7 +30,15 @@ class Ragged:
         self.heard.append(reply)
         done = len(self.heard) == self.turns
         facts = len(self.heard) - 1  # the first turn states none
-        return Step("word " * self.rng.randrange(20), 0.5, done, done and self.turns > 2, done and self.turns > 1, facts, facts // 2)
+        return Step(
+            "word " * self.rng.randrange(20),
+            0.5,
+            done,
+            done and self.turns > 2,
+            done and self.turns > 1,
+            facts,
+            facts // 2,
+        )
 
 
 def play(policy, seeds, env_factory=Ragged, **options):
@@ -39,12 +49,14 @@ def play(policy, seeds, env_factory=Ragged, **options):
         envs.append(env_factory())
         return envs[-1]
 
-    return rollout(policy, factory, seeds, **({"temperature": 1.0, "max_turn_tokens": 24} | options)), envs
+    return rollout(
+        policy, factory, seeds, **({"temperature": 1.0, "max_turn_tokens": 24} | options)
+    ), envs
 
 
 @pytest.fixture(params=DEVICES)
 def policy(request, tiny, tiny_folder):
-    return tiny if request.param == "cpu" else load_policy(str(tiny_folder), device=request.param)
+    return tiny if request.param == "cpu" else load_policy(tiny_folder, request.param)
 
 
 def turns_of(policy, rollouts, row):
@@ -68,7 +80,7 @@ def test_an_episode_is_prompt_turns_and_results_and_the_environment_heard_its_tu
         expected = policy.prompt(env.system, env.tools, fresh.reset(seeds[row]))
         for i, turn in enumerate(turns):
             ended = turn[-1] == policy.end_of_turn
-            said = b"".join(policy.token_bytes(token) for token in turn[: len(turn) - ended]).decode(errors="replace")
+            said = b"".join(policy.bytes_of[token] for token in turn).decode(errors="replace")
             assert env.heard[i] == said
             observation = fresh.step(said).observation
             expected += turn
@@ -78,8 +90,10 @@ def test_an_episode_is_prompt_turns_and_results_and_the_environment_heard_its_tu
         assert rollouts.ids[row, : rollouts.lengths[row]].tolist() == expected
         assert rollouts.ids[row, rollouts.lengths[row] :].sum() == 0
         assert rollouts.rewards[row] == 0.5 * env.turns and rollouts.success[row] == (env.turns > 2)
-        assert rollouts.finished[row] == (env.turns > 1) and rollouts.factless[row] == 1
-        assert rollouts.facts[row] == sum(range(env.turns)) and rollouts.true_facts[row] == sum(n // 2 for n in range(env.turns))
+        assert rollouts.finished[row] == (env.turns > 1) and rollouts.turns_without_facts[row] == 1
+        assert rollouts.facts[row] == sum(range(env.turns)) and rollouts.true_facts[row] == sum(
+            n // 2 for n in range(env.turns)
+        )
 
 
 def test_labels_are_those_of_each_turn(policy, built_in):
@@ -87,7 +101,10 @@ def test_labels_are_those_of_each_turn(policy, built_in):
         rollouts, _ = play(model, list(range(8)), factory, max_turn_tokens=160)
         for row in range(8):
             labels = rollouts.labels[row][rollouts.response[row]].tolist()
-            expected = [segment_turn([model.token_bytes(token) for token in turn]) for turn in turns_of(model, rollouts, row)]
+            expected = [
+                segment_turn([model.bytes_of[token] for token in turn])
+                for turn in turns_of(model, rollouts, row)
+            ]
             assert labels == sum(expected, [])
         assert (rollouts.labels[~rollouts.response] == Segment.OTHER).all()
 
@@ -95,16 +112,31 @@ def test_labels_are_those_of_each_turn(policy, built_in):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_logprobs_equal_those_of_a_fresh_forward_pass(policy, built_in, temperature):
     for model, factory in ((policy, Ragged), (built_in, lambda: make_env("frozenlake"))):
-        rollouts, _ = play(model, [0, 1, 1, 2, 3, 4, 5, 6, 7, 8], factory, temperature=temperature, max_turn_tokens=160)
+        rollouts, _ = play(
+            model,
+            [0, 1, 1, 2, 3, 4, 5, 6, 7, 8],
+            factory,
+            temperature=temperature,
+            max_turn_tokens=160,
+        )
         ends = 0
-        for row, length in enumerate(rollouts.lengths.tolist()):  # one at a time: no padding, no cache
+        for row, length in enumerate(
+            rollouts.lengths.tolist()
+        ):  # one at a time: no padding, no cache
             ids = rollouts.ids[row, :length]
             with torch.no_grad():
                 logits = model.model(ids[None]).logits[0].float()
-            logprob = (logits[:-1] / temperature).log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+            logprob = (
+                (logits[:-1] / temperature).log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+            )
             response = rollouts.response[row, 1:length]
             tolerance = 1e-4 if model.device.type == "cpu" else 0.2  # bfloat16 on CUDA
-            torch.testing.assert_close(rollouts.old_logprob[row, 1:length][response], logprob[response], atol=tolerance, rtol=0)
+            torch.testing.assert_close(
+                rollouts.old_logprob[row, 1:length][response],
+                logprob[response],
+                atol=tolerance,
+                rtol=0,
+            )
             ends += ((ids == model.end_of_turn) & rollouts.response[row, :length]).sum().item()
         assert (rollouts.old_logprob[~rollouts.response] == 0).all()
     assert ends > 10  # the last model ends its turns itself: those tokens were among the compared
@@ -114,23 +146,35 @@ def test_batch_size_and_order_change_nothing(built_in):
     seeds = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     whole, _ = play(built_in, seeds, lambda: make_env("frozenlake"), max_turn_tokens=160)
     for order in ([10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [4, 0, 8, 2]):
-        other, _ = play(built_in, [seeds[i] for i in order], lambda: make_env("frozenlake"), max_turn_tokens=160)
+        other, _ = play(
+            built_in, [seeds[i] for i in order], lambda: make_env("frozenlake"), max_turn_tokens=160
+        )
         for row, i in enumerate(order):
             equal = [j for j, seed in enumerate(seeds) if seed == seeds[i]]
-            twin = equal[[seeds[j] for j in order[:row]].count(seeds[i])]  # the k-th of equal seeds is the k-th wherever it stands
+            twin = equal[
+                [seeds[j] for j in order[:row]].count(seeds[i])
+            ]  # the k-th of equal seeds is the k-th wherever it stands
             length = whole.lengths[twin]
             assert other.lengths[row] == length
             assert torch.equal(other.ids[row, :length], whole.ids[twin, :length])
-            torch.testing.assert_close(other.old_logprob[row, :length], whole.old_logprob[twin, :length], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                other.old_logprob[row, :length], whole.old_logprob[twin, :length], atol=1e-4, rtol=0
+            )
             assert other.rewards[row] == whole.rewards[twin]
 
 
 def test_equal_seeds_share_the_prompt_and_differ_in_what_is_sampled(built_in):
     rollouts, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), max_turn_tokens=160)
     (start,) = set(rollouts.response.int().argmax(1).tolist())
-    assert len({tuple(ids.tolist()) for ids in rollouts.ids[:, :start]}) == 1 < len({tuple(ids.tolist()) for ids in rollouts.ids})
+    assert (
+        len({tuple(ids.tolist()) for ids in rollouts.ids[:, :start]})
+        == 1
+        < len({tuple(ids.tolist()) for ids in rollouts.ids})
+    )
     again, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), max_turn_tokens=160)
-    other, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), max_turn_tokens=160, sampling_seed=1)
+    other, _ = play(
+        built_in, [7] * 6, lambda: make_env("frozenlake"), max_turn_tokens=160, sampling_seed=1
+    )
     assert torch.equal(again.ids, rollouts.ids)
     assert not torch.equal(other.ids[:, : start + 40], rollouts.ids[:, : start + 40])
 
@@ -141,17 +185,20 @@ def test_turns_are_cut_at_their_limit_and_one_token_turns_work(policy):
         for row in range(8):
             turns = turns_of(policy, rollouts, row)
             assert len(turns) == envs[row].turns
-            assert all(len(turn) == limit or policy.is_control(turn[-1]) for turn in turns)
+            assert all(len(turn) == limit or turn[-1] in policy.control_tokens for turn in turns)
             assert all(len(turn) <= limit for turn in turns)
 
 
 def test_control_tokens_end_the_turn_and_reach_nobody(tiny):
-    """A policy that only ever samples control tokens: each is one turn without text, closed by the template's own token."""
+    """A policy that only ever samples control tokens: each is one turn without text, closed by the
+    template's own token."""
     (start,) = tiny.encode_framing("<|im_start|>")
     head = tiny.head.detach().clone()
     try:
         with torch.no_grad():
-            direction = tiny.hidden(torch.tensor([tiny.prompt(Ragged.system, Ragged.tools, "x")]))[0, -1]
+            direction = tiny.hidden(torch.tensor([tiny.prompt(Ragged.system, Ragged.tools, "x")]))[
+                0, -1
+            ]
             tiny.head[start] += 1000 * direction / direction.norm()
         rollouts, envs = play(tiny, [2, 3], temperature=0.01)
     finally:
@@ -162,12 +209,17 @@ def test_control_tokens_end_the_turn_and_reach_nobody(tiny):
     position = rollouts.response[0].int().argmax().item()
     assert rollouts.labels[0, position] == Segment.FORMAT
     if envs[0].turns > 1:
-        assert rollouts.ids[0, position + 1] == tiny.end_of_turn and rollouts.labels[0, position + 1] == Segment.OTHER
+        assert (
+            rollouts.ids[0, position + 1] == tiny.end_of_turn
+            and rollouts.labels[0, position + 1] == Segment.OTHER
+        )
 
 
 def test_episodes_are_cut_at_the_token_limit(policy):
     full, _ = play(policy, list(range(6)))
-    prompt = max(len(policy.prompt(Ragged.system, Ragged.tools, Ragged().reset(seed))) for seed in range(6))
+    prompt = max(
+        len(policy.prompt(Ragged.system, Ragged.tools, Ragged().reset(seed))) for seed in range(6)
+    )
     limit = prompt + 10
     cut, _ = play(policy, list(range(6)), max_tokens=limit)
     assert cut.ids.shape[1] == limit and (full.lengths > limit).any()
@@ -185,23 +237,32 @@ def test_the_cache_keeps_what_it_was_given_whatever_is_selected():
     expected = torch.zeros(3, 2, 0, 4), torch.zeros(3, 2, 0, 4)
     for step in range(40):
         if step in (7, 20, 21):
-            rows = {7: torch.tensor([2, 0, 1]), 20: torch.tensor([0, 0, 1, 2]), 21: torch.tensor([3, 1])}[step]
+            rows = {
+                7: torch.tensor([2, 0, 1]),
+                20: torch.tensor([0, 0, 1, 2]),
+                21: torch.tensor([3, 1]),
+            }[step]
             layer.batch_select_indices(rows)
             expected = tuple(states[rows] for states in expected)
-        new = [torch.randn(len(expected[0]), 2, 1 + 5 * (step == 0), 4, generator=generator) for _ in range(2)]
-        expected = tuple(torch.cat([states, more], dim=2) for states, more in zip(expected, new, strict=True))
+        new = [
+            torch.randn(len(expected[0]), 2, 1 + 5 * (step == 0), 4, generator=generator)
+            for _ in range(2)
+        ]
+        expected = tuple(
+            torch.cat([states, more], dim=2) for states, more in zip(expected, new, strict=True)
+        )
         assert all(torch.equal(a, b) for a, b in zip(layer.update(*new), expected, strict=True))
 
 
 def test_sampling_follows_the_distribution():
     head = torch.log(torch.tensor([[0.5], [0.3], [0.0], [0.2]]))
     n = 20_000
-    luck = torch.rand(n, generator=torch.Generator().manual_seed(0)).tolist()
-    tokens, logprobs = sample(torch.ones(n, 1), head, 1.0, luck)
+    uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0)).tolist()
+    tokens, logprobs = sample(torch.ones(n, 1), head, 1.0, uniforms)
     counts = torch.bincount(torch.tensor(tokens), minlength=4) / n
     torch.testing.assert_close(counts, torch.tensor([0.5, 0.3, 0.0, 0.2]), atol=0.015, rtol=0)
     assert {round(2.718281828**logprob, 4) for logprob in logprobs} == {0.5, 0.3, 0.2}
-    cold, _ = sample(torch.ones(n, 1), head, 0.5, luck)  # probabilities squared and normalised
+    cold, _ = sample(torch.ones(n, 1), head, 0.5, uniforms)  # probabilities squared and normalised
     assert abs(cold.count(0) / n - 0.25 / 0.38) < 0.015
     assert sample(torch.ones(2, 1), head, 1.0, [0.0, 1.0])[0] == [0, 3]
 
@@ -215,6 +276,38 @@ def test_refuses(tiny, seeds, temperature):
 def test_take_selects_episodes(tiny):
     rollouts, _ = play(tiny, [0, 1, 2, 3])
     some = rollouts.take(torch.tensor([2, 0]))
-    assert some.lengths.tolist() == rollouts.lengths[[2, 0]].tolist() and torch.equal(some.ids[1], rollouts.ids[0])
+    assert some.lengths.tolist() == rollouts.lengths[[2, 0]].tolist() and torch.equal(
+        some.ids[1], rollouts.ids[0]
+    )
 
 
+def test_under_autocast_keys_and_values_are_cached_in_its_dtype(built_in, monkeypatch):
+    """Rotary embeddings leave keys in float32: without a cast as the cache is written, every
+    decoding step on CUDA would cast the whole key cache. Shown on the CPU, with autocast on."""
+    monkeypatch.setattr(
+        Policy, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16, enabled=True)
+    )
+    seen = []
+    update = PreallocatedLayer.update
+
+    def spy(layer, keys, values, *args, **kwargs):
+        cached = update(layer, keys, values, *args, **kwargs)
+        seen.append((keys.dtype, *(each.dtype for each in (*cached, *layer.buffers))))
+        return cached
+
+    monkeypatch.setattr(PreallocatedLayer, "update", spy)
+    rollouts, _ = play(built_in, [1, 2, 3], lambda: make_env("frozenlake"), max_turn_tokens=160)
+    assert {dtypes[1:] for dtypes in seen} == {(torch.bfloat16,) * 4}
+    assert seen[0][0] == torch.float32  # what the model hands over: the reason for the cast
+    assert rollouts.facts.sum() > 10  # and it still plays
+
+
+def test_selected_rows_share_nothing_with_what_they_were(built_in):
+    layer = PreallocatedLayer()
+    ones = torch.ones(2, 1, 3, 4)
+    layer.update(ones, ones)
+    before = layer.keys
+    layer.batch_select_indices(torch.tensor([1, 0]))
+    layer.update(2 * ones[:, :, :1], 2 * ones[:, :, :1])
+    assert before.shape[2] == 3 and (before == 1).all()
+    assert layer.keys[0, 0, :, 0].tolist() == [1, 1, 1, 2]

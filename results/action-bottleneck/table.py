@@ -1,4 +1,7 @@
-"""All diagnoses of this folder, a row each, from their CSVs: python results/action-bottleneck/table.py"""
+"""All diagnoses of this folder, a row each, from their CSVs:
+
+python results/action-bottleneck/table.py
+"""
 
 import csv
 import sys
@@ -9,24 +12,43 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from diagnose import spearman  # noqa: E402
 
+HEADS = (
+    "run",
+    "success",
+    "action",
+    "decision",
+    "reasoning",
+    "all",
+    "ρ(entropy of the decision, variance)",
+    "ρ(success, variance)",
+    "ρ(decision, success)",
+    "ρ(energy, entropy) of the decision",
+)
+
+
+def row(folder: Path) -> str:
+    """One diagnosis: success, the energy's correlation over four choices of tokens, and others."""
+    with (folder / "groups.csv").open() as file:
+        groups = list(csv.DictReader(file))
+    with (folder / "correlations.csv").open() as file:
+        table = {(each["signal"], each["tokens"]): each for each in csv.DictReader(file)}
+    column = {name: np.array([float(group[name]) for group in groups]) for name in groups[0]}
+    cells = [folder.name, f"{column['success'].mean():.0%}"]
+    for tokens in ("action", "decision", "reasoning", "all"):
+        found = table["energy", tokens]
+        rho, low, high = float(found["rho"]), float(found["low"]), float(found["high"])
+        cells.append(f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]")
+    cells.append(f"{float(table['entropy', 'decision']['rho']):+.2f}")
+    cells.append(f"{float(table['success', '']['rho']):+.2f}")
+    cells.append(f"{float(table['energy', 'decision']['rho_success']):+.2f}")
+    cells.append(f"{spearman(column['energy_decision'], column['entropy_decision']):+.2f}")
+    return f"| {' | '.join(cells)} |"
+
 
 def main() -> None:
-    correlations = "action | decision | reasoning | all | ρ(entropy of the decision, variance) | ρ(success, variance) | ρ(decision, success) | ρ(energy, entropy) of the decision"
-    print(f"| run | success | {correlations} |\n" + "|---" * 10 + "|")
-    for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/correlations.csv")):
-        with (folder / "groups.csv").open() as file:
-            groups = list(csv.DictReader(file))
-        with (folder / "correlations.csv").open() as file:
-            table = {(row["signal"], row["tokens"]): row for row in csv.DictReader(file)}
-        success = sum(float(row["success"]) for row in groups) / len(groups)
-        cells = []
-        for tokens in ("action", "decision", "reasoning", "all"):
-            row = table["energy", tokens]
-            cells.append(f"{float(row['rho']):+.2f} [{float(row['low']):+.2f}, {float(row['high']):+.2f}]")
-        entropy, control = float(table["entropy", "decision"]["rho"]), float(table["success", ""]["rho"])
-        mixed = float(table["energy", "decision"]["rho_success"])
-        twins = spearman(*(np.array([float(row[f"{signal}_decision"]) for row in groups]) for signal in ("energy", "entropy")))
-        print(f"| {folder.name} | {success:.0%} | {' | '.join(cells)} | {entropy:+.2f} | {control:+.2f} | {mixed:+.2f} | {twins:+.2f} |")
+    print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
+    for path in sorted(Path(__file__).parent.glob("*/correlations.csv")):
+        print(row(path.parent))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,340 @@
+"""The warm start: how a model that knows nothing, or any checkpoint, learns to play at all.
+
+    python warm_start.py --env sokoban                                  # makes starts/sokoban anew
+    python warm_start.py --env sokoban --model FOLDER --out FOLDER      # teaches a checkpoint
+
+Random weights cannot play, and a small pretrained model seldom calls a tool as it should. So a
+policy first imitates scripted turns of mediocre skill: it learns to read the board, to state facts
+about it and to call the tool. The choice of good moves is left to RL.
+
+The built-in model of a world is a Qwen2 of 0.4M parameters with a byte-level BPE of its own. It is
+made once and committed (starts/), since rounding makes it another model on another machine; one
+with other settings is made on first use and kept in $ACTFOCUS_CACHE (default ~/.cache/actfocus).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from energy import token_stats
+from policy import Policy, encoders, load_policy
+from rollout import rollout
+from segment import Segment, token_bytes
+from worlds import ENVIRONMENTS, make_env
+
+STARTS = Path(__file__).with_name("starts")
+# Training draws seeds below 10**9.
+WARM_START_SEEDS = 1_000_000_000  # and on: demonstrated
+EVAL_SEEDS = 2_000_000_000  # and on: evaluated
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Qwen2's splitting rule, but that a digit takes its space along, and that a cell's name and a tag
+# with its line end are one piece.
+PATTERN = (
+    r"</?[a-z_]+>\n?| ?\b[a-z]\d\b|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Qwen2.5's template, without its explanation of what a tool call looks like.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.role == 'system' and tools %}{{ '\n<tools>' }}"
+    "{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{{ '\n</tools>' }}{% endif %}"
+    "<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+Episode = tuple[list[str], list[str]]  # what was shown, and the turns that answered it
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What shapes the built-in model of a world, beside the words of its demonstrations."""
+
+    env: str = "frozenlake"
+    thoughts: int | None = None  # free sentences in a demonstrated thought; None: the world's own
+    skill: float | None = None  # how often a demonstrated act is a best one; None: the world's own
+    episodes: int = 10_000  # demonstrated; the steps draw from these
+    window: int = 2  # turns in a window: short and cheap, they come first
+    window_steps: int = 3000
+    window_batch: int = 8  # and at most half as many episodes, being longer
+    episode_steps: int = 1200  # then whole episodes
+    lr: float = 3e-3
+    hidden: int = 96
+    layers: int = 3
+    vocabulary: int = 800
+    seed: int = 0
+
+    def make_env(self):
+        """The world to demonstrate in."""
+        return make_env(self.env, **({} if self.thoughts is None else {"thoughts": self.thoughts}))
+
+
+# ------------------------------------------------------------------------------- the built-in model
+def start_folder(env: str, **settings) -> Path:
+    """The checkpoint folder of a world's built-in model: the committed one if it has these
+    settings (fields of `WarmStart`), else one from the cache, where it is made on first use.
+
+    A folder in the cache is written elsewhere and moved there whole, so that one that exists is
+    complete. Raises ValueError for a world or an option that there is not.
+    """
+    wanted = WarmStart(env, **settings)
+    shape = fingerprint(wanted)
+    committed = STARTS / env / "start.json"
+    if committed.exists() and json.loads(committed.read_text())["fingerprint"] == shape:
+        return committed.parent
+    cache = Path(os.environ.get("ACTFOCUS_CACHE", Path.home() / ".cache" / "actfocus")).expanduser()
+    folder = cache / f"{env}-{shape}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="half-written-", dir=cache) as scratch:
+            build(wanted).save(Path(scratch) / "done")
+            with contextlib.suppress(OSError):  # another process was faster: its folder is equal
+                os.rename(Path(scratch) / "done", folder)
+    return folder
+
+
+def fingerprint(settings: WarmStart) -> str:
+    """16 hex digits that stand for what shapes the model: settings, the tokenizer's rule, the chat
+    template, and what the demonstrations of a few seeds say. Not the source: a comment may change.
+    """
+    env, rng = settings.make_env(), random.Random(0)
+    shown = [play_demonstration(env, seed, rng, env.skill) for seed in range(20)]
+    parts = [asdict(settings), PATTERN, CHAT_TEMPLATE, env.system, env.tools, env.skill, shown]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def build(settings: WarmStart, device: str = "cpu") -> Policy:
+    """Learn the tokenizer from demonstrations, make the model from a config, and warm-start it."""
+    env = settings.make_env()
+    episodes = demonstrations(env, settings)
+    tokenizer = learn_tokenizer(env, episodes[:300], settings.vocabulary)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.hidden * 8 // 3,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.hidden // 32,
+        num_key_value_heads=1,
+        initializer_range=0.1,  # Qwen's 0.02 is for wide models, and learns slowly in a narrow one
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = transformers.Qwen2ForCausalLM(config).to(device)
+    policy = Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    imitate(policy, env, episodes, settings)
+    return policy
+
+
+# ----------------------------------------------------------------------------------- demonstrations
+def play_demonstration(env, seed: int, rng: random.Random, skill: float) -> Episode:
+    """One scripted episode; the last observation, which nothing answers, is left out."""
+    seen, said = [env.reset(seed)], []
+    while not env.done:
+        said.append(env.demonstrate(rng, skill))
+        seen.append(env.step(said[-1]).observation)
+    return seen[:-1], said
+
+
+def demonstrations(env, settings: WarmStart) -> list[Episode]:
+    rng = random.Random(settings.seed)
+    skill = env.skill if settings.skill is None else settings.skill
+    seeds = range(WARM_START_SEEDS, WARM_START_SEEDS + settings.episodes)
+    return [play_demonstration(env, seed, rng, skill) for seed in seeds]
+
+
+def learn_tokenizer(
+    env, episodes: list[Episode], size: int
+) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE learned from the text that episodes consist of."""
+    blank = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    blank.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    blank.decoder = decoders.ByteLevel()
+    tools = "\n".join(map(json.dumps, env.tools))
+    texts = [env.system, f"{tools}\n<tools>\n</tools>\nsystem\nuser\nassistant\n"] * len(episodes)
+    for seen, said in episodes:
+        for shown, turn in zip(seen, said, strict=True):
+            texts.append(f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n")
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    blank.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=blank,
+        chat_template=CHAT_TEMPLATE,
+        pad_token=SPECIAL[0],
+        extra_special_tokens=[SPECIAL[1]],
+        eos_token=SPECIAL[2],
+        made_by="actfocus",
+    )
+
+
+# ------------------------------------------------------------------------------ supervised training
+def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """ids (T,) of what the model is shown and replies to in turn, and a mask (T,) of the
+    replies."""
+    ids, mask = [], []
+    for frame, reply in zip(frames, replies, strict=True):
+        ids += frame + reply
+        mask += [False] * len(frame) + [True] * len(reply)
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -> None:
+    """Supervised training on the assistant's tokens, in place: first on windows of a few turns,
+    then on whole episodes."""
+    windows, wholes = [], []
+    for seen, said in episodes:
+        replies = [policy.encode(turn) + [policy.end_of_turn] for turn in said]
+        results = [policy.result(observation) for observation in seen]
+        for i in range(0, len(replies), settings.window):
+            some = slice(i, i + settings.window)
+            windows.append(imitation_target(results[some], replies[some]))
+        opening = policy.prompt(env.system, env.tools, seen[0])
+        wholes.append(imitation_target([opening] + results[1:], replies))
+    rng = random.Random(settings.seed)
+    batches = [rng.sample(windows, settings.window_batch) for _ in range(settings.window_steps)]
+    mean_length = sum(len(ids) for ids, _ in wholes) / len(wholes)
+    few = max(1, min(settings.window_batch // 2, int(3000 / mean_length)))  # some 3000 tokens
+    batches += [rng.sample(wholes, few) for _ in range(settings.episode_steps)]
+
+    model = policy.model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, total_steps=len(batches), pct_start=0.05
+    )
+    progress = tqdm(batches, desc="warm start", unit="step", dynamic_ncols=True)
+    for batch in progress:
+        ids = pad_sequence([ids for ids, _ in batch], batch_first=True).to(policy.device)  # (B, T)
+        spoken = pad_sequence([mask for _, mask in batch], batch_first=True).to(policy.device)
+        hidden = policy.hidden(ids)[:, :-1][spoken[:, 1:]]  # (N, H): what predicts each reply token
+        with policy.autocast():
+            loss = -token_stats(hidden, policy.head, ids[:, 1:][spoken[:, 1:]]).logprob.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+# ------------------------------------------------------------------------------------ as a script
+def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: int = 128) -> str:
+    """How a policy plays the first episodes of evaluation, in a line."""
+    rollouts = rollout(
+        policy, settings.make_env, range(EVAL_SEEDS, EVAL_SEEDS + episodes), temperature
+    )
+    success = rollouts.success.float().mean().item()
+    facts = (rollouts.true_facts.sum() / rollouts.facts.sum().clamp(min=1)).item()
+    silent = (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item()
+    action = ((rollouts.labels == Segment.ACTION).sum() / rollouts.response.sum()).item()
+    return (
+        f"temperature {temperature:g}: success {success:.1%}, {facts:.1%} of the stated facts "
+        f"true, {silent:.1%} of the turns without facts, {action:.1%} of the tokens are action"
+    )
+
+
+START_README = """# The built-in model of {env}
+
+What training starts from, for everyone: {parameters:,} parameters, float32, made by
+
+    python warm_start.py --env {env}
+
+with torch {torch} and transformers {transformers}; rounding makes it another model on another
+machine, so this one is committed. `start.json` names what it belongs to (a hash of settings and
+demonstrated text); a test holds it to the code. Over 128 of evaluation:
+
+{lines}
+"""
+
+
+def make_start(settings: WarmStart, folder: Path) -> None:
+    """Build the model of a world and write it with what belongs to it."""
+    policy = build(settings)
+    policy.save(folder)
+    lines = [f"- {measure(policy, settings, temperature)}" for temperature in (1.0, 0.5)]
+    stamp = {"fingerprint": fingerprint(settings), **asdict(settings)}
+    (folder / "start.json").write_text(json.dumps(stamp, indent=2) + "\n")
+    text = START_README.format(
+        env=settings.env,
+        parameters=policy.model.num_parameters(),
+        torch=torch.__version__.partition("+")[0],
+        transformers=transformers.__version__,
+        lines="\n".join(lines),
+    )
+    (folder / "README.md").write_text(text)
+    print(text)
+
+
+def teach(model: str, settings: WarmStart, folder: Path, device: str) -> None:
+    """Warm-start a checkpoint on the demonstrations of a world, and say what it changed."""
+    policy, env = load_policy(model, device), settings.make_env()
+    print(f"before: {measure(policy, settings, 0.5, episodes=32)}")
+    imitate(policy, env, demonstrations(env, settings), settings)
+    policy.save(folder)
+    print(f"after:  {measure(policy, settings, 0.5, episodes=32)}\nwritten to {folder}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--env", choices=list(ENVIRONMENTS), default="frozenlake")
+    parser.add_argument(
+        "--model", help="chat model to teach, folder or hub id; a new one if not given"
+    )
+    parser.add_argument("--out", type=Path, help="folder to write; needed with --model")
+    parser.add_argument(
+        "--thoughts", type=int, help="free sentences in a thought (the world's own)"
+    )
+    parser.add_argument("--skill", type=float, help="share of best acts shown (the world's own)")
+    parser.add_argument("--seed", type=int, default=0, help="another one is another model")
+    parser.add_argument("--episodes", type=int, help="demonstrated (10,000; with --model 1,000)")
+    parser.add_argument("--window-steps", type=int, help="on two turns each (3000; 300)")
+    parser.add_argument("--episode-steps", type=int, help="on whole episodes (1200; 0)")
+    parser.add_argument("--lr", type=float, help="learning rate (3e-3; 1e-4)")
+    parser.add_argument("--device", default="cpu", help="for --model")
+    args = parser.parse_args(argv)
+    if args.model and not args.out:
+        parser.error("--model needs --out: a checkpoint is never written over")
+    settings = WarmStart(args.env, seed=args.seed)
+    if args.model:
+        gentle = {"episodes": 1000, "window_steps": 300, "episode_steps": 0, "lr": 1e-4}
+        settings = replace(settings, window_batch=4, **gentle)
+    for name in ("thoughts", "skill", "episodes", "window_steps", "episode_steps", "lr"):
+        if getattr(args, name) is not None:
+            settings = replace(settings, **{name: getattr(args, name)})
+    if args.model:
+        teach(args.model, settings, args.out, args.device)
+    else:
+        make_start(settings, args.out or STARTS / args.env)
+
+
+if __name__ == "__main__":
+    main()
