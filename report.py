@@ -237,10 +237,10 @@ class Config:
     env: str = option("frozenlake", "environment to play")
     model: str | None = option(None, "chat model instead: folder or hub id", kind=str)
     thoughts: int | None = option(None, "free sentences of the built-in model", 0, 30, kind=int)
-    iterations: int = option(16, "rounds of playing and updating", 1)
+    iterations: int = option(10, "rounds of playing and updating", 1)
     prompts: int = option(8, "prompts an iteration", 1)
     group_size: int = option(8, "rollouts of each prompt", 1)
-    minibatch: int = option(32, "rollouts an optimizer step", 1)
+    minibatch: int = option(16, "rollouts an optimizer step", 1)
     micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
     lr: float | None = option(None, "Adam's; 3e-4 if built in, else 1e-6", 0, kind=float)
     temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
@@ -252,7 +252,7 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", 1e-6)
     max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
     max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
-    eval_every: int = option(4, "iterations between evaluations", 1)
+    eval_every: int = option(5, "iterations between evaluations", 1)
     eval_episodes: int | None = option(
         None, "of an evaluation; 128 if built in, else 32", 1, kind=int
     )

@@ -270,7 +270,7 @@ What training starts from, for everyone: {parameters:,} parameters, float32, mad
 
 with torch {torch} and transformers {transformers}; rounding makes it another model on another
 machine, so this one is committed. `start.json` names what it belongs to (a hash of settings and
-demonstrated text); a test holds it to the code. Over 128 of evaluation:
+demonstrated text); a test holds it to the code. Over the 128 episodes of evaluation:
 
 {lines}
 """

@@ -20,6 +20,7 @@ from warm_start import (
     build,
     fingerprint,
     imitation_target,
+    main,
     play_demonstration,
     start_folder,
 )
@@ -54,13 +55,19 @@ def test_the_fingerprint_is_of_words_and_settings(monkeypatch):
     assert fingerprint(WarmStart("shop")) != shape
 
 
-MOST_ACTION = {"frozenlake": 0.16, "sokoban": 0.16, "sudoku": 0.25, "shop": 0.25}
+AIMS = {  # least and most success, least share of true facts, largest share of action tokens
+    "frozenlake": (0.25, 0.5, 0.9, 0.16),
+    "sokoban": (0.12, 0.5, 0.9, 0.16),
+    "sudoku": (0.15, 0.5, 0.95, 0.25),
+    "shop": (0.12, 0.5, 0.65, 0.25),
+}
 
 
 @pytest.mark.parametrize("env", ENVIRONMENTS)
 def test_the_starts_speak_well_and_leave_room(env):
-    """True facts, next to no malformed turns, the paper's small share of action tokens, and success
-    that can rise."""
+    """True facts, next to no turns without any, the paper's small share of action tokens, and
+    success that can rise."""
+    least, most, truth, largest = AIMS[env]
     policy = load_policy(STARTS / env)
     seeds = range(EVAL_SEEDS, EVAL_SEEDS + 128)
     rollouts = rollout(policy, lambda: make_env(env), seeds, 0.5)
@@ -68,8 +75,8 @@ def test_the_starts_speak_well_and_leave_room(env):
     facts = (rollouts.true_facts.sum() / rollouts.facts.sum()).item()
     silent = (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item()
     share = ((rollouts.labels == Segment.ACTION).sum() / rollouts.response.sum()).item()
-    assert 0.2 <= success <= 0.5 and facts > 0.85 and silent < 0.03, (success, facts, silent)
-    assert share <= MOST_ACTION[env]
+    assert least <= success <= most and facts > truth and silent < 0.03, (success, facts, silent)
+    assert share <= largest
     assert policy.model.num_parameters() < 1_000_000
 
 
@@ -173,3 +180,53 @@ def test_imitation_covers_the_replies_and_nothing_else(tiny):
     ids, mask = imitation_target(frames, replies)
     assert ids[mask].tolist() == sum(replies, [])
     assert ids[~mask].tolist() == sum(frames, [])
+
+
+# --------------------------------------------------------------------------------------- the script
+@pytest.fixture
+def quick(monkeypatch):
+    """Measured over four episodes instead of hundreds."""
+    measure = warm_start_module.measure
+    monkeypatch.setattr(
+        warm_start_module,
+        "measure",
+        lambda policy, settings, temperature, episodes=0: measure(policy, settings, temperature, 4),
+    )
+
+
+def test_the_script_makes_a_start_with_all_that_belongs_to_it(quick, tmp_path, monkeypatch):
+    small = ["--episodes", "320", "--window-steps", "1", "--episode-steps", "1"]
+    main(["--env", "shop", "--thoughts", "2", *small, "--out", str(tmp_path / "shop")])
+    stamp = json.loads((tmp_path / "shop" / "start.json").read_text())
+    settings = WarmStart("shop", thoughts=2, episodes=320, window_steps=1, episode_steps=1)
+    assert stamp["fingerprint"] == fingerprint(settings) and stamp["vocabulary"] == 800
+    text = (tmp_path / "shop" / "README.md").read_text()
+    assert "python warm_start.py --env shop" in text and text.count("success") == 2
+    monkeypatch.setattr(warm_start_module, "STARTS", tmp_path)
+    found = start_folder("shop", thoughts=2, episodes=320, window_steps=1, episode_steps=1)
+    assert found == tmp_path / "shop" and load_policy(found).model.num_parameters() > 300_000
+
+
+def test_the_script_teaches_a_checkpoint_without_writing_over_it(
+    quick, tiny_folder, tmp_path, capsys
+):
+    before = (tiny_folder / "model.safetensors").read_bytes()
+    command = ["--env", "sokoban", "--model", str(tiny_folder)]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "--model needs --out" in capsys.readouterr().err
+    small = ["--episodes", "6", "--window-steps", "12", "--lr", "1e-3"]
+    main([*command, *small, "--out", str(tmp_path / "taught")])
+    said = capsys.readouterr().out
+    assert "before: temperature 0.5" in said and "after:  temperature 0.5" in said
+    assert (tiny_folder / "model.safetensors").read_bytes() == before
+    taught, untaught = load_policy(tmp_path / "taught"), load_policy(tiny_folder)
+    env = make_env("sokoban")
+    seen, turns = play_demonstration(env, WARM_START_SEEDS, random.Random(0), 1.0)
+    losses = []
+    for policy in (untaught, taught):  # of a demonstrated turn
+        frame, reply = policy.result(seen[0]), policy.encode(turns[0])
+        hidden = policy.hidden(torch.tensor([frame + reply]))[0, len(frame) - 1 : -1]
+        logprob = (hidden @ policy.head.T).log_softmax(-1)
+        losses.append(-logprob.gather(1, torch.tensor(reply)[:, None]).mean().item())
+    assert losses[1] < losses[0] - 0.1
