@@ -67,7 +67,7 @@ def token_stats(
 
 class _TokenStats(torch.autograd.Function):
     """Values chunk by chunk; in backward the same chunks again, with a closed-form gradient by the
-    logits z. (By torch.utils.checkpoint: no formula, but twice the memory, 1.5x the time.)"""
+    logits z. (torch.utils.checkpoint would spare the formula, for 2x the memory, 1.5x the time.)"""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, temperature, chunk_size):
@@ -121,8 +121,8 @@ def checked_chunk_size(
     Raises ValueError if the arguments of `token_stats` do not fit together."""
     shaped = hidden.ndim == head.ndim == 2 and hidden.shape[1] == head.shape[1]
     if not shaped or targets.shape != hidden.shape[:1]:
-        found = f"{tuple(hidden.shape)}, {tuple(head.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"expected hidden (N, H), head (V, H) and targets (N,), got {found}")
+        shapes = f"{tuple(hidden.shape)}, head {tuple(head.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"expected hidden (N, H), head (V, H), targets (N,), got hidden {shapes}")
     if torch.float16 in (hidden.dtype, head.dtype):  # gradients underflow before a GradScaler acts
         raise ValueError("hidden or head is float16: give float32 or bfloat16")
     if not temperature > 0:

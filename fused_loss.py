@@ -44,9 +44,9 @@ def token_loss(
     count = len(logprob) if count is None else count
     loss = clipped_loss(logprob, old_logprob, advantages, weights, clip_low, clip_high, normalizer)
     if kl_coef:
-        # k1 = log pi - log ref. NOTE: without the ratio before it, its gradient is 0 on average.
-        k1 = (logprob - old_logprob).exp() * (logprob - ref_logprob)
-        loss = loss + kl_coef * k1.sum() / count
+        # NOTE: without the ratio before it, the gradient of k1 would be 0 on average.
+        k1 = logprob - ref_logprob
+        loss = loss + kl_coef * ((logprob - old_logprob).exp() * k1).sum() / count
     if entropy_coef:
         loss = loss - entropy_coef * entropy.sum() / count
     return loss
@@ -151,7 +151,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
                 logp = z[part].log_softmax(-1)  # (m, V)
                 logq = logp if temperature == 1.0 else (z[part] / temperature).log_softmax(-1)
                 token_logprob = logq.gather(-1, targets[here, None]).squeeze(-1)  # (m,)
-                p = torch.exp(logp, out=z[part])
+                p = torch.exp(logp, out=z[part])  # from here on in the memory of z
                 token_entropy = -torch.linalg.vecdot(p, logp)  # (m,)
                 with torch.enable_grad():  # of the few operations per token, by autograd
                     token_logprob.requires_grad_()
@@ -175,7 +175,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
                 q = p if temperature == 1.0 else logq.exp_()  # in the memory of log q
                 by_p = logp.add_(entropy[here, None]).mul_(on_entropy[:, None])  # of log p
                 if q is p:
-                    p.mul_(by_p.add_(on_logprob)).neg_()  # -p * (by_p + on_logprob), of z
+                    p.mul_(by_p.add_(on_logprob)).neg_()  # -p * (by_p + on_logprob)
                 else:
                     p.mul_(by_p).addcmul_(q, on_logprob).neg_()  # -(p * by_p + q * on_logprob)
                 p.scatter_add_(-1, targets[here, None], on_logprob)  # + onehot * on_logprob

@@ -25,14 +25,14 @@ from segment import Segment
 from worlds import make_env
 
 COLUMNS = {  # of a log; row k is about the policy after k iterations and the rollouts it plays then
-    "iteration": "updates before this row",
+    "iteration": "iterations before this row",
     "eval_success": "of the fixed evaluation episodes (at --eval-temperature)",
     "eval_reward": "their mean return",
     "eval_finished": "share that the game itself ended (goal, hole, last mistake, any purchase)",
-    "train_success": "of the rollouts that the iteration trained on (at --temperature)",
+    "train_success": "of all rollouts that the iteration played (at --temperature)",
     "train_reward": "their mean return",
     "train_finished": "share that the game itself ended, not the limit of turns",
-    "loss": "mean over the updates, entropy bonus included; near zero by construction",
+    "loss": "mean over tokens, with entropy bonus and KL; near zero by construction",
     "entropy": "nats per generated token",
     "kl": "from the policy that played to the one being updated, k3 estimate, per token",
     "kl_reference": "from the policy that played to the reference, k1 (with --kl-coef only)",
@@ -51,8 +51,8 @@ COLUMNS = {  # of a log; row k is about the policy after k iterations and the ro
 }
 PANELS = {  # column: title, label of the y axis
     "eval_success": ("Evaluation on fixed episodes", "success rate"),
-    "train_success": ("Training rollouts", "success rate"),
-    "train_reward": ("Training rollouts", "mean reward"),
+    "train_success": ("Success of training rollouts", "success rate"),
+    "train_reward": ("Reward of training rollouts", "mean reward"),
     "reasoning_accuracy": ("Facts stated in reasoning", "share that is true"),
     "turns_without_facts": ("Turns that state no fact", "share of turns"),
     "entropy": ("Entropy", "nats per generated token"),
@@ -234,15 +234,17 @@ class Config:
     """Every flag. Defaults are the paper's, but that all groups are kept, and sizes and learning
     rate suit the built-in model."""
 
-    env: str = option("frozenlake", "environment to play")
-    model: str | None = option(None, "chat model instead: folder or hub id", kind=str)
-    thoughts: int | None = option(None, "free sentences of the built-in model", 0, 30, kind=int)
+    env: str = option("frozenlake", "frozenlake, sokoban, sudoku or shop")
+    model: str | None = option(None, "chat model to train, not the built-in: folder, id", kind=str)
+    thoughts: int | None = option(
+        None, "of a start with another number of free sentences", 0, 30, kind=int
+    )
     iterations: int = option(10, "rounds of playing and updating", 1)
     prompts: int = option(8, "prompts an iteration", 1)
     group_size: int = option(8, "rollouts of each prompt", 1)
     minibatch: int = option(16, "rollouts an optimizer step", 1)
     micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
-    lr: float | None = option(None, "Adam's; 3e-4 if built in, else 1e-6", 0, kind=float)
+    lr: float | None = option(None, "learning rate; 3e-4 if built in, else 1e-6", 0, kind=float)
     temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
     clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
@@ -254,12 +256,12 @@ class Config:
     max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
     eval_every: int = option(5, "iterations between evaluations", 1)
     eval_episodes: int | None = option(
-        None, "of an evaluation; 128 if built in, else 32", 1, kind=int
+        None, "episodes an evaluation; 128 if built in, else 32", 1, kind=int
     )
     eval_temperature: float = option(0.5, "sampling temperature of evaluations", 0.01)
     seed: int = option(0, "of the prompts and of sampling", 0)
     device: str = option(DEVICE, "torch device")
-    out: str | None = option(None, "folder for results; runs/<time>-<env>-seed<seed>", kind=str)
+    out: str | None = option(None, "results folder; else runs/<time>-<env>-seed<seed>", kind=str)
     save: bool = option(False, "also save the trained policies as checkpoint folders")
 
     def check(self) -> None:

@@ -81,7 +81,7 @@ def segment_turn(
     >>> [label.name for label in segment_turn(turn)]
     ['FORMAT', 'REASONING', 'REASONING', 'FORMAT', 'FORMAT', 'ACTION', 'ACTION', 'FORMAT']
     """
-    ended = bool(tokens) and tokens[-1] == end_of_turn
+    ended = bool(tokens) and tokens[-1] == end_of_turn  # where it has bytes
     spoken = tokens[: len(tokens) - ended]
     byte_labels = _label_bytes(opening + b"".join(spoken))
     labels, start = [], len(opening)

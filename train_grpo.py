@@ -101,15 +101,15 @@ def train(policy: Policy, config: Config, arm: str, focus: ActFocus | None, out:
             reasoning = rollouts.labels == Segment.REASONING
             action = rollouts.labels == Segment.ACTION
             frozen = None
-            if reference:  # KL needs the reference at all tokens, the weights at action tokens
+            if reference is not None:  # KL needs it at all tokens, the weights at action tokens
                 chosen = response if config.kl_coef else action
                 frozen = score(reference, rollouts, chosen, config)
             if focus is None:
                 weights = response.float()  # GRPO: all alike
-            else:
+            else:  # ActFocus: focus is (alpha, beta)
                 weights = actfocus_weights(frozen.energy, reasoning, action, response, *focus)
-            # 7. mini-batch updates
             ref_logprob = frozen.logprob if config.kl_coef else None
+            # 7. mini-batch updates
             row |= report.behaviour(rollouts, weights)
             row |= update(
                 policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng
@@ -152,13 +152,12 @@ def update(
                     kl_coef=config.kl_coef, entropy_coef=config.entropy_coef,
                 )  # fmt: skip
             loss.backward()
-            log_ratio = logprob - old
-            ratio = log_ratio.exp()
+            ratio = (logprob - old).exp()
             above = (ratio > 1 + config.clip_high) & (advantage > 0)
             below = (ratio < 1 - config.clip_low) & (advantage < 0)
             sums["loss"] += (loss.detach() * count).item()
             sums["entropy"] += entropy.double().sum().item()
-            sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
+            sums["kl"] += (ratio - 1 - (logprob - old)).double().sum().item()
             sums["clip_fraction"] += (above | below).sum().item()
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         norms.append(norm.item())

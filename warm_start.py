@@ -114,6 +114,8 @@ def fingerprint(settings: WarmStart) -> str:
     template, and what the demonstrations of a few seeds say. Not the source: a comment may change.
     """
     env, rng = settings.make_env(), random.Random(0)
+    if not hasattr(env, "demonstrate"):
+        raise ValueError(f"{settings.env} has no demonstrations to learn from: give --model")
     shown = [play_demonstration(env, seed, rng, env.skill) for seed in range(20)]
     parts = [asdict(settings), PATTERN, CHAT_TEMPLATE, env.system, env.tools, env.skill, shown]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -92,7 +92,7 @@ def test_the_loop_runs_on_three_copied_files_alone(which, request, built_in, tmp
         assert int(reasoning) > 5 * int(action) > 500
         assert alpha == ["[0.10000000149011612]"]
     else:
-        assert int(action) == 0
+        assert int(action) < int(formatted)  # babble: spans are rare
 
 
 def test_the_environment_of_the_readme_plays_and_is_found_by_name(tiny, monkeypatch):
@@ -142,7 +142,9 @@ def test_commands_of_the_pages_exist():
         for script, flags in re.findall(r"python ((?:\w|/|-)+\.py)([^\n`|&#]*)", page.read_text()):
             assert (ROOT / script).exists(), (page.name, script)
             if "/" not in script and script not in ("bench.py", "warm_start.py"):
-                source = (ROOT / script).read_text() + (ROOT / "train_grpo.py").read_text()
+                source = (ROOT / script).read_text()
+                if script.startswith("train"):
+                    source += (ROOT / "report.py").read_text()  # the flags that trainers share
                 for flag in re.findall(r"--([a-z-]+)", flags):
                     assert f"{flag.replace('-', '_')}:" in source or flag == "help", (script, flag)
 
