@@ -244,7 +244,9 @@ class Config:
     group_size: int = option(8, "rollouts of each prompt", 1)
     minibatch: int = option(16, "rollouts an optimizer step", 1)
     micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
-    lr: float | None = option(None, "learning rate; 3e-4 if built in, else 1e-6", 0, kind=float)
+    lr: float | None = option(
+        None, "learning rate; 3e-4 if built in (shop 1e-4), else 1e-6", 0, kind=float
+    )
     temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
     clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
     clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
@@ -275,7 +277,8 @@ class Config:
     def resolve(self) -> None:
         """Fill in what was not given; a built-in model is quick to evaluate and learns fast."""
         if self.lr is None:
-            self.lr = 1e-6 if self.model else 3e-4
+            built_in = 1e-4 if self.env == "shop" else 3e-4  # 3e-4 was not steady in the shop
+            self.lr = 1e-6 if self.model else built_in
         if self.eval_episodes is None:
             self.eval_episodes = 32 if self.model else 128
         if self.out is None:

@@ -483,6 +483,7 @@ def test_reasoning_that_is_never_tagged_is_said_once(tiny_folder, start, tmp_pat
 def test_what_was_not_given_is_filled_in_one_place():
     for config, lr, episodes in (
         (Config(), 3e-4, 128),
+        (Config(env="shop"), 1e-4, 128),
         (Config(model="x"), 1e-6, 32),
         (Config(model="x", lr=0.5, eval_episodes=7), 0.5, 7),
     ):
