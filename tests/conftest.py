@@ -34,6 +34,14 @@ def tiny_folder(cache):
 
 
 @pytest.fixture(scope="session")
+def bytes_folder(cache):
+    """The same with single bytes for tokens: no tag is one token, so babble never opens a call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACTFOCUS_CACHE", str(cache))
+        return start_folder("frozenlake", **TINY | {"vocabulary": 259, "episode_steps": 0})
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """The same as a policy."""
     return load_policy(tiny_folder)

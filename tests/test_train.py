@@ -212,11 +212,11 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_policy_that_only_babbles_trains_without_a_crash(tiny_folder, tmp_path):
+def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, tmp_path):
     """No action tokens, all rewards equal, every turn malformed and cut."""
     result = run_script(
         "train_actfocus.py",
-        tiny_folder,
+        bytes_folder,
         tmp_path / "out",
         "--max-turn-tokens",
         "3",
@@ -225,10 +225,8 @@ def test_a_policy_that_only_babbles_trains_without_a_crash(tiny_folder, tmp_path
     )
     assert result.returncode == 0, result.stderr
     row = read(tmp_path / "out" / "actfocus.csv")[0]
-    # a random token may open a call, now and then
-    assert float(row["action_fraction"]) < 0.05 and float(row["train_reward"]) == pytest.approx(
-        -0.6
-    )
+    assert float(row["action_fraction"]) == 0
+    assert float(row["train_reward"]) == pytest.approx(-0.6)
     assert math.isfinite(float(row["loss"])) and math.isfinite(float(row["kl_reference"]))
 
 
@@ -470,10 +468,11 @@ def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
-def test_reasoning_that_is_never_tagged_is_said_once(tiny_folder, start, tmp_path):
+def test_reasoning_that_is_never_tagged_is_said_once(bytes_folder, start, tmp_path):
     """A model that just talks, then calls: ActFocus has next to nothing to weigh down."""
     said = "of the generated tokens are reasoning in <think> </think>"
-    babble = run_script("train_actfocus.py", tiny_folder, tmp_path / "a", "--max-turn-tokens", "20")
+    flags = ("--max-turn-tokens", "20", "--iterations", "1")
+    babble = run_script("train_actfocus.py", bytes_folder, tmp_path / "a", *flags)
     assert babble.returncode == 0, babble.stderr
     assert (babble.stdout + babble.stderr).count(f"note: 0.0% {said}") == 1
     spoken = run_script("train_actfocus.py", start, tmp_path / "b", "--iterations", "1")
