@@ -41,19 +41,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from actfocus import actfocus_weights, group_advantages
+from arms import ARMS, Arm, token_signals
+from config import Config
 from energy import token_stats
 from envs import Step
 from fused_loss import fused_policy_loss, policy_loss, token_loss
 from policy import Policy, encoders, load_policy
-from report import Config
 from rollout import Rollouts, rollout
 from segment import Segment, token_bytes
-from train_grpo import ActFocus, score, update
+from train_grpo import score, update
 from warm_start import start_folder
 from worlds import make_env
 
 GROUP = 8  # rollouts of a prompt
-ARMS = {"GRPO": None, "ActFocus": ActFocus(alpha=0.1, beta=0.5)}
+COMPARED = {ARMS[name].label: ARMS[name] for name in ("grpo", "actfocus")}
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
     "qwen-0.5b": (896, 4864, 24, 14, 2, 151_936),
     "qwen-3b": (2048, 11008, 36, 16, 2, 151_936),
@@ -276,24 +277,21 @@ def endless(policy: Policy) -> Policy:
 
 def learn(
     policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts, advantages: Tensor, focus: ActFocus | None, config: Config,
+    rollouts: Rollouts, advantages: Tensor, arm: Arm, config: Config,
 ) -> None:  # fmt: skip
     """Stages 6 and 7 of train_grpo.py: reference pass, weights, update."""
     response = rollouts.response
     reasoning = rollouts.labels == Segment.REASONING
     action = rollouts.labels == Segment.ACTION
-    frozen = None
-    if focus is not None or config.kl_coef:
+    signal = torch.zeros(response.shape, device=policy.device)
+    if arm.beta or config.kl_coef:
         chosen = response if config.kl_coef else action
         frozen = score(reference, rollouts, chosen, config)
-    if focus is None:
-        weights = response.float()
-    else:
-        weights = actfocus_weights(
-            frozen.energy, reasoning, action, response, focus.alpha, focus.beta
-        )
+        signal = token_signals(frozen, rollouts.old_logprob)[arm.signal]
+    weights = actfocus_weights(signal, reasoning, action, response, arm.alpha, arm.beta)
     ref_logprob = frozen.logprob if config.kl_coef else None
     rng = random.Random(0)
+    advantages = advantages[:, None].expand(response.shape)  # (B, T)
     update(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng)
 
 
@@ -339,17 +337,19 @@ def bench_update(args: argparse.Namespace, results: Results) -> None:
     policy = shaped_policy(args)
     reference = policy.frozen_copy()
 
-    def cost(focus: ActFocus | None, kl_coef: float) -> float:
+    def cost(arm: Arm, kl_coef: float) -> float:
         config = Config(kl_coef=kl_coef, micro_tokens=args.micro_tokens)
         optimizer = torch.optim.Adam(policy.model.parameters(), lr=0.0)
         seconds, _ = timed(
-            args, lambda: learn(policy, reference, optimizer, rollouts, advantages, focus, config)
+            args, lambda: learn(policy, reference, optimizer, rollouts, advantages, arm, config)
         )
         return seconds
 
     for kl_coef, kl in ((0.0, "KL off"), (0.001, "KL on")):
         grpo, act, ratio = side_by_side(
-            args, partial(cost, ARMS["GRPO"], kl_coef), partial(cost, ARMS["ActFocus"], kl_coef)
+            args,
+            partial(cost, ARMS["grpo"], kl_coef),
+            partial(cost, ARMS["actfocus"], kl_coef),
         )
         results.add("update", f"GRPO, {kl}, seconds", grpo)
         results.add("update", f"ActFocus, {kl}, seconds; ratio: over GRPO", act, ratio)
@@ -427,9 +427,9 @@ def bench_iteration(args: argparse.Namespace, results: Results) -> None:
     config = Config(entropy_coef=0.0, micro_tokens=args.micro_tokens)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-4)
     number = itertools.count()
-    costs = {arm: [] for arm in ARMS}
+    costs = {label: [] for label in COMPARED}
 
-    def iterate(focus: ActFocus | None) -> None:
+    def iterate(arm: Arm) -> None:
         rollouts = rollout(
             policy,
             Babble,
@@ -438,22 +438,22 @@ def bench_iteration(args: argparse.Namespace, results: Results) -> None:
             sampling_seed=next(number),
         )
         advantages = group_advantages(rollouts.rewards, GROUP)
-        learn(policy, reference, optimizer, rollouts, advantages, focus, config)
+        learn(policy, reference, optimizer, rollouts, advantages, arm, config)
 
     def measure_ours(repeats: int) -> None:
-        for arm, focus in ARMS.items():
+        for label, arm in COMPARED.items():
             for _ in range(repeats):
-                seconds, _ = timed(args, partial(iterate, focus))
-                costs[arm].append(seconds)
+                seconds, _ = timed(args, partial(iterate, arm))
+                costs[label].append(seconds)
 
-    for focus in ARMS.values():  # warm up
-        iterate(focus)
+    for arm in COMPARED.values():  # warm up
+        iterate(arm)
     measure_ours(args.repeats // 2)  # before and after TRL's, since the machine's speed drifts
     theirs = trl_iterations(args, policy)
     measure_ours(1 + args.repeats // 2)
-    for arm in ARMS:
-        ours = statistics.median(costs[arm])
-        what = f"ours, {arm}, seconds; ratio: TRL over ours"
+    for label in COMPARED:
+        ours = statistics.median(costs[label])
+        what = f"ours, {label}, seconds; ratio: TRL over ours"
         results.add("iteration", what, ours, statistics.median(theirs) / ours)
     results.add("iteration", "TRL's GRPOTrainer, seconds", statistics.median(theirs))
 

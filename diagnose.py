@@ -29,10 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from actfocus import actfocus_weights
+from arms import SIGNALS, token_signals, turn_numbers
+from config import DEVICE, option, parse
 from energy import TokenStats
 from policy import Policy, load_policy
-from report import DEVICE, logs, option, parse
-from rollout import Rollouts
+from report import logs
+from rollout import Rollouts, repeated
 from segment import Segment
 from train_grpo import play, score
 from transcripts import draw_transcripts
@@ -40,7 +42,6 @@ from warm_start import start_folder
 from worlds import make_env
 
 DIAGNOSE_SEEDS = 3_000_000_000  # and on: seeds that nothing else draws
-SIGNALS = {"energy": "energy", "entropy": "entropy", "nll": "policy NLL", "shift": "log-prob shift"}
 TOKENS = {  # choices of tokens: label, color
     "action": ("action tokens", "tab:red"),
     "decision": ("most uncertain action\ntoken of each turn", "tab:orange"),
@@ -94,7 +95,7 @@ def diagnose(config: DiagnoseConfig) -> None:
     for start in tqdm(starts, desc="groups", unit="batch", dynamic_ncols=True):
         stop = min(start + at_once, config.groups)
         prompts = range(DIAGNOSE_SEEDS + start, DIAGNOSE_SEEDS + stop)
-        seeds = [prompt for prompt in prompts for _ in range(config.group_size)]
+        seeds = repeated(prompts, config.group_size)
         rollouts = play(policy, config, seeds, config.temperature, config.seed)
         frozen = score(reference, rollouts, rollouts.response, config)
         # NOTE: a cached decoding step rounds otherwise than a full forward pass does, and rounding
@@ -148,17 +149,6 @@ def draw_weights(
 
 
 # ------------------------------------------------------------------------------ what a group shows
-def turn_numbers(response: Tensor) -> Tensor:
-    """(B, T) int64: which turn, from 1, a sampled token belongs to; at any other position, the last
-    turn before it. response: (B, T) bool.
-
-    >>> turn_numbers(torch.tensor([[0, 1, 1, 0, 0, 1, 0]]).bool())
-    tensor([[0, 1, 1, 1, 1, 2, 2]])
-    """
-    before = torch.nn.functional.pad(response, (1, 0))[:, :-1]
-    return (response & ~before).cumsum(1)
-
-
 def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
     """Masks (B, T). `decision` is the action token of each turn at which the reference's entropy is
     highest: in a JSON call most tokens are boilerplate, and this one decides."""
@@ -180,12 +170,7 @@ def measure(
 ) -> list[dict[str, float]]:
     """A row per group: how it ended, and the mean of each signal over each choice of its tokens
     (nan where it has none). logprob: (B, T), of the policy that played."""
-    signals = {
-        "energy": frozen.energy,
-        "entropy": frozen.entropy,
-        "nll": -logprob,
-        "shift": logprob - frozen.logprob,
-    }
+    signals = token_signals(frozen, logprob)
     choices = token_choices(rollouts, frozen)
     rows = []
     for g, seed in enumerate(seeds):

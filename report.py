@@ -1,17 +1,12 @@
-"""What a run takes and leaves behind: flags of the command line, CSV logs, pictures, a table.
+"""What a run leaves behind: CSV logs, pictures, a table.
 
-A config is a dataclass whose fields are made by `option`: each is a flag with a sentence of help. A
-log is one CSV per arm, a row an iteration; everything that is drawn is drawn from the CSVs, so that
-an interrupted run keeps all that it did.
+A log is one CSV per arm, a row an iteration; everything that is drawn is drawn from the CSVs, so
+that an interrupted run keeps all that it did.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import math
-import time
-from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -19,15 +14,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from arms import ARMS
 from policy import Policy
 from rollout import Rollouts
 from segment import Segment
-from worlds import make_env
 
 COLUMNS = {  # of a log; row k is about the policy after k iterations and the rollouts it plays then
     "iteration": "iterations before this row",
     "eval_success": "of the fixed evaluation episodes (at --eval-temperature)",
     "eval_reward": "their mean return",
+    "eval_stderr": "standard error of eval_success, over prompts",
     "eval_finished": "share that the game itself ended (goal, hole, last mistake, any purchase)",
     "train_success": "of all rollouts that the iteration played (at --temperature)",
     "train_reward": "their mean return",
@@ -38,6 +34,12 @@ COLUMNS = {  # of a log; row k is about the policy after k iterations and the ro
     "kl_reference": "from the policy that played to the reference, k1 (with --kl-coef only)",
     "clip_fraction": "share of generated tokens whose ratio is clipped",
     "grad_norm": "gradient norm before clipping, mean over the updates",
+    "gradient_agreement": "mean cosine of the gradients of successive mini-batches (empty for "
+    "models of over 200M parameters)",
+    "advantage_mean": "over generated tokens",
+    "advantage_std": "over generated tokens",
+    "value_loss": "of PPO's critic before it is fitted to these rollouts",
+    "explained_variance": "share of the variance of returns that the critic foresaw",
     "turns": "assistant turns per episode",
     "response_tokens": "generated tokens per episode",
     "action_fraction": "share of ACTION tokens among the generated ones",
@@ -57,9 +59,9 @@ PANELS = {  # column: title, label of the y axis
     "turns_without_facts": ("Turns that state no fact", "share of turns"),
     "entropy": ("Entropy", "nats per generated token"),
     "reasoning_weight_share": ("Weight on reasoning tokens", "share of total weight"),
-    "seconds": ("Time", "seconds per iteration"),
+    "gradient_agreement": ("Gradients of successive mini-batches", "mean cosine"),
 }
-ARMS = {"grpo": ("GRPO", "tab:gray"), "actfocus": ("ActFocus", "tab:red")}  # name: label, color
+LARGE = 200_000_000  # parameters: a copy of the gradient of a larger model may not fit
 
 
 # --------------------------------------------------------------------------------------------- logs
@@ -95,9 +97,9 @@ def draw(out: Path) -> None:
     for axes, name in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
         title, label = PANELS[name]
         for path in logs(out):
-            arm, color = ARMS[path.stem]
+            arm = ARMS[path.stem]
             style = "o-" if name == "eval_success" else "-"
-            axes.plot(*column(path, name), style, color=color, label=arm)
+            axes.plot(*column(path, name), style, color=arm.color, label=arm.label)
         low, high = axes.dataLim.intervaly
         axes.set(title=title, xlabel="training iterations", ylabel=label)
         axes.set(ylim=(1.1 * min(0, low), 1.1 * max(0, high) or 1))
@@ -108,23 +110,59 @@ def draw(out: Path) -> None:
     figure.savefig(out / "curves.png", dpi=120)
 
 
+def log_prompts(
+    path: Path, arm: str, iteration: int, prompts: list[int], rollouts: Rollouts
+) -> None:
+    """Append to a CSV how each group of an iteration ended: what pairs the arms of a run."""
+    new = not path.exists()
+    groups = rollouts.success.float().view(len(prompts), -1)  # (P, G)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(("arm", "iteration", "prompt", "success"))
+        for prompt, success in zip(prompts, groups.mean(dim=1).tolist(), strict=True):
+            writer.writerow((arm, iteration, prompt, f"{success:.6g}"))
+
+
+def paired_difference(out: Path, arm: str, baseline: str) -> tuple[float, float, int]:
+    """Training success of an arm less that of another, over the prompts that both played in the
+    same iteration: mean, its standard error (nan for less than two), and their number."""
+    played = {arm: {}, baseline: {}}
+    with (out / "prompts.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["arm"] in played:
+                pair = row["iteration"], row["prompt"]
+                played[row["arm"]][pair] = float(row["success"])
+    both = played[arm].keys() & played[baseline].keys()
+    gains = torch.tensor([played[arm][pair] - played[baseline][pair] for pair in both])
+    return gains.mean().item(), (gains.std() / len(gains) ** 0.5).item(), len(gains)
+
+
 def summary(out: Path) -> str:
-    """A table of the arms: evaluation success before, best and after; mean success of all training
-    rollouts; seconds an iteration."""
-    heads = (
-        f"{'start':>10}{'best':>8}{'final':>8}{'gain':>8}{'training mean':>15}{'s/iteration':>13}"
-    )
-    lines = [f"{'':10}{heads}"]
+    """A table of the arms: evaluation success before, best and after with its standard error; mean
+    success of all training rollouts; seconds an iteration. Below, what sets each arm apart from the
+    first one, prompt by prompt."""
+    heads = f"{'start':>10}{'best':>8}{'final':>8}{'+-':>6}{'gain':>8}"
+    lines = [f"{'':14}{heads}{'training mean':>15}{'s/iteration':>13}"]
     for path in logs(out):
         success = column(path, "eval_success")[1]
         training = column(path, "train_success")[1]
         seconds = column(path, "seconds")[1]
-        line = f"{path.stem:10}{success[0]:>10.1%}{max(success):>8.1%}{success[-1]:>8.1%}"
-        line += f"{success[-1] - success[0]:>+8.1%}"
+        line = f"{path.stem:14}{success[0]:>10.1%}{max(success):>8.1%}{success[-1]:>8.1%}"
+        line += f"{100 * column(path, 'eval_stderr')[1][-1]:>6.1f}{success[-1] - success[0]:>+8.1%}"
         if training:
             line += f"{sum(training) / len(training):>15.1%}{sum(seconds) / len(seconds):>13.1f}"
         lines.append(line)
     lines.append(f"success on fixed evaluation episodes, and over training; {out / 'curves.png'}")
+    names = [path.stem for path in logs(out) if column(path, "train_success")[1]]
+    for name in names[1:]:
+        mean, error, prompts = paired_difference(out, name, baseline=names[0])
+        verdict = "more" if abs(mean) > 2 * error else "not more"
+        lines.append(
+            f"{name} less {names[0]}: {100 * mean:+.1f} points of training success, standard error "
+            f"{100 * error:.1f} over {prompts} prompts that both played: {verdict} than noise in "
+            "this run (compare.py asks other seeds)"
+        )
     return "\n".join(lines)
 
 
@@ -138,11 +176,36 @@ def outcomes(rollouts: Rollouts, phase: str) -> dict[str, float]:
     }
 
 
-def behaviour(rollouts: Rollouts, weights: Tensor) -> dict[str, float]:
-    """What was generated, how true its reasoning is, and where the weight lies: columns of the
-    log."""
+def standard_error(success: Tensor, group_size: int) -> float:
+    """Of the mean of B successes, (B,) bool. Rollouts of one prompt are alike, so what counts are
+    the means of the groups; 0 for a single one.
+
+    >>> standard_error(torch.tensor([1, 1, 0, 0]).bool(), group_size=1)
+    0.28867512941360474
+    >>> standard_error(torch.tensor([1, 1, 0, 0]).bool(), group_size=2)
+    0.5
+    """
+    means = success.float().view(-1, group_size).mean(dim=1)  # (prompts,)
+    if len(means) == 1:
+        return 0.0
+    return (means.std() / len(means) ** 0.5).item()
+
+
+def flat_gradient(model: torch.nn.Module) -> Tensor | None:
+    """A copy of all gradients as (P,), or None if the model is too large for one more."""
+    if sum(p.numel() for p in model.parameters()) > LARGE:
+        return None
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def behaviour(rollouts: Rollouts, weights: Tensor, advantages: Tensor) -> dict[str, float]:
+    """What was generated, how true its reasoning is, where the weight lies and what there is to
+    learn from: columns of the log. weights, advantages: (B, T)."""
+    credit = advantages[rollouts.response]
     tokens, reasoning = rollouts.response.sum().item(), rollouts.labels == Segment.REASONING
     return {
+        "advantage_mean": credit.mean().item(),
+        "advantage_std": credit.std(correction=0).item(),
         "turns": rollouts.turns.float().mean().item(),
         "response_tokens": tokens / len(rollouts.ids),
         "action_fraction": (rollouts.labels == Segment.ACTION).sum().item() / tokens,
@@ -171,115 +234,3 @@ def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) ->
             text = policy.tokenizer.decode(rollouts.ids[row, : rollouts.lengths[row]].tolist())
             verdict = "success" if rollouts.success[row] else "failure"
             file.write(f"===== {title}: {verdict}\n{text}\n\n")
-
-
-# -------------------------------------------------------------------------------------------- flags
-def option(
-    default, text: str, low: float = -math.inf, high: float = math.inf, kind: type | None = None
-):
-    """A field of a config that is a flag; numbers outside [low, high] are refused. kind: the type
-    of a flag whose default is None, for "not given"."""
-    kind = kind or type(default)
-    return field(default=default, metadata={"help": text, "low": low, "high": high, "kind": kind})
-
-
-def parse(config_class: type, description: str, argv: list[str] | None = None):
-    """A config from the command line. Wrong values are refused here, before anything runs: by their
-    bounds, and by the config's own `check`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if issubclass(config_class, Config):
-        columns = "\n".join(f"  {name:24}{text}" for name, text in COLUMNS.items())
-        parser.epilog = f"columns of the logs:\n{columns}"
-    for each in fields(config_class):
-        flag, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
-        if each.metadata["kind"] is bool:
-            parser.add_argument(flag, help=text, action="store_true")
-        else:
-            shown = "" if each.default in (None, MISSING) else f" (default: {each.default})"
-            kind = each.metadata["kind"]
-            parser.add_argument(flag, help=text + shown, type=kind, default=each.default)
-    config = config_class(**vars(parser.parse_args(argv)))
-    try:
-        check_bounds(config)
-        config.check()
-    except ValueError as error:
-        parser.error(str(error))
-    return config
-
-
-def check_bounds(config) -> None:
-    """Raise ValueError, naming the flag, for a value that is out of its bounds, and for a device
-    that cannot be used."""
-    for each in fields(config):
-        value, low, high = getattr(config, each.name), each.metadata["low"], each.metadata["high"]
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            bound = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            flag = each.name.replace("_", "-")
-            raise ValueError(f"--{flag} is {value}: it must be {bound}")
-    try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:80]
-        raise ValueError(f"--device {config.device} cannot be used: {reason}") from None
-
-
-# -------------------------------------------------------------------------- the flags of training
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@dataclass
-class Config:
-    """Every flag. Defaults are the paper's, but that all groups are kept, and sizes and learning
-    rate suit the built-in model."""
-
-    env: str = option("frozenlake", "frozenlake, sokoban, sudoku or shop")
-    model: str | None = option(None, "chat model to train, not the built-in: folder, id", kind=str)
-    thoughts: int | None = option(
-        None, "of a start with another number of free sentences", 0, 30, kind=int
-    )
-    iterations: int = option(10, "rounds of playing and updating", 1)
-    prompts: int = option(8, "prompts an iteration", 1)
-    group_size: int = option(8, "rollouts of each prompt", 1)
-    minibatch: int = option(16, "rollouts an optimizer step", 1)
-    micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
-    lr: float | None = option(
-        None, "learning rate; 3e-4 if built in (shop 1e-4), else 1e-6", 0, kind=float
-    )
-    temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
-    clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
-    clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
-    entropy_coef: float = option(0.001, "entropy bonus", 0)
-    kl_coef: float = option(0.0, "penalty on the KL divergence from the reference; 0: off", 0)
-    keep_groups: float = option(1.0, "share of groups trained on, by reward variance", 0.01, 1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", 1e-6)
-    max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
-    max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
-    eval_every: int = option(5, "iterations between evaluations", 1)
-    eval_episodes: int | None = option(
-        None, "episodes an evaluation; 128 if built in, else 32", 1, kind=int
-    )
-    eval_temperature: float = option(0.5, "sampling temperature of evaluations", 0.01)
-    seed: int = option(0, "of the prompts and of sampling", 0)
-    device: str = option(DEVICE, "torch device")
-    out: str | None = option(None, "results folder; else runs/<time>-<env>-seed<seed>", kind=str)
-    save: bool = option(False, "also save the trained policies as checkpoint folders")
-
-    def check(self) -> None:
-        """Raise ValueError for what cannot run."""
-        make_env(self.env)
-        if self.model and self.thoughts is not None:
-            raise ValueError("--thoughts is of the built-in model: leave it out with --model")
-        if self.out and logs(Path(self.out)):
-            raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
-
-    def resolve(self) -> None:
-        """Fill in what was not given; a built-in model is quick to evaluate and learns fast."""
-        if self.lr is None:
-            built_in = 1e-4 if self.env == "shop" else 3e-4  # 3e-4 was not steady in the shop
-            self.lr = 1e-6 if self.model else built_in
-        if self.eval_episodes is None:
-            self.eval_episodes = 32 if self.model else 128
-        if self.out is None:
-            self.out = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{self.env}-seed{self.seed}"

@@ -201,6 +201,15 @@ def rollout(
             hidden = policy.hidden(ids, cache)[:, -1]  # (rows, H)
 
 
+def repeated(seeds: Sequence[int], times: int) -> list[int]:
+    """Seeds of groups.
+
+    >>> repeated([7, 8], times=2)
+    [7, 7, 8, 8]
+    """
+    return [seed for seed in seeds for _ in range(times)]
+
+
 def start_rows(
     policy: Policy, env_factory: Callable, seeds: Sequence[int], sampling_seed: int, max_tokens: int
 ) -> list[Row]:

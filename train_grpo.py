@@ -13,10 +13,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,25 +23,20 @@ from tqdm import tqdm
 
 import report
 from actfocus import actfocus_weights, group_advantages, most_varied_groups
+from arms import ARMS, Arm, token_signals
+from config import Config, parse
 from energy import TokenStats
 from fused_loss import fused_policy_loss
 from policy import Policy, load_policy
-from report import Config, parse
-from rollout import Rollouts, rollout, score_all, scored_hidden
+from rollout import Rollouts, repeated, rollout, score_all, scored_hidden
 from segment import Segment
 from warm_start import EVAL_SEEDS, start_folder
 from worlds import make_env
 
 
-class ActFocus(NamedTuple):
-    """How ActFocus weighs tokens; GRPO is None in its place."""
-
-    alpha: float  # weight of a reasoning token
-    beta: float  # how much more an action token weighs where the reference is unsure
-
-
-def run(config: Config, arms: dict[str, ActFocus | None]) -> None:
-    """Train each arm from the same weights on the same prompts, and draw them together."""
+def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = None) -> None:
+    """Train each arm from the same weights on the same prompts, and draw them together.
+    make_critic(policy, config): for arms with one (train_ppo.py)."""
     config.resolve()
     try:  # 1. load the policy
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
@@ -55,70 +49,83 @@ def run(config: Config, arms: dict[str, ActFocus | None]) -> None:
     start = {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
     print(f"results go to {out}\nThe loss says little, near zero by construction: watch success.")
     try:
-        for arm, focus in arms.items():
+        for name, arm in arms.items():
             policy.model.load_state_dict(start)
-            train(policy, config, arm, focus, out)
+            critic = make_critic(policy, config) if arm.critic else None
+            train(policy, config, name, arm, out, critic)
             if config.save:
-                policy.save(out / arm)
+                policy.save(out / name)
     finally:  # also when interrupted: what has been done is drawn and stays
         if report.logs(out):
             report.draw(out)  # 9. draw
     print(report.summary(out))
 
 
-def train(policy: Policy, config: Config, arm: str, focus: ActFocus | None, out: Path) -> None:
-    """Train one arm in place, logging to out/<arm>.csv."""
-    reference = policy.frozen_copy() if focus or config.kl_coef else None
+def train(policy: Policy, config: Config, name: str, arm: Arm, out: Path, critic=None) -> None:
+    """Train one arm in place, logging to out/<name>.csv. critic: of train_ppo.py, for PPO."""
+    reference = policy.frozen_copy() if arm.beta or config.kl_coef else None
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
     rng = random.Random(config.seed)
     success = {}
-    progress = tqdm(range(config.iterations + 1), desc=arm, unit="it", dynamic_ncols=True)
+    progress = tqdm(range(config.iterations + 1), desc=name, unit="it", dynamic_ncols=True)
     for iteration in progress:
         row, last = {"iteration": iteration}, iteration == config.iterations
         # 2. evaluate: before training, every few iterations, and at the end
         if iteration % config.eval_every == 0 or last:
-            seeds = range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes)
+            stop = EVAL_SEEDS + config.eval_episodes // config.eval_group_size
+            seeds = repeated(range(EVAL_SEEDS, stop), config.eval_group_size)
             rollouts = play(policy, config, seeds, config.eval_temperature, sampling_seed=0)
             row |= report.outcomes(rollouts, "eval")
+            row["eval_stderr"] = report.standard_error(rollouts.success, config.eval_group_size)
             if iteration == 0 or last:
-                title = f"{arm} after {iteration} iterations"
+                title = f"{name} after {iteration} iterations"
                 report.write_samples(out / "samples.txt", title, policy, rollouts)
         if not last:
             began = time.perf_counter()
             # 3. play groups: every prompt group_size times
             prompts = [rng.randrange(10**9) for _ in range(config.prompts)]
-            seeds = [prompt for prompt in prompts for _ in range(config.group_size)]
+            seeds = repeated(prompts, config.group_size)
             rollouts = play(policy, config, seeds, config.temperature, config.seed)
             played = time.perf_counter()
             row |= report.outcomes(rollouts, "train")
-            # 4. segment: rollout() has labelled every sampled token from its bytes (segment.py)
-            # 5. advantages, within groups; groups that end alike teach nothing and may be left out
-            advantages = group_advantages(rollouts.rewards, config.group_size)
+            report.log_prompts(out / "prompts.csv", name, iteration, prompts, rollouts)
+            # groups that end alike teach nothing and may be left out (the paper's filter)
             kept = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
-            rollouts, advantages = rollouts.take(kept), advantages[kept]
-            # 6. token weights: here the arms differ, and nowhere else
+            rollouts = rollouts.take(kept)
+            # 4. segment: rollout() has labelled every sampled token from its bytes (segment.py)
             response = rollouts.response
             reasoning = rollouts.labels == Segment.REASONING
             action = rollouts.labels == Segment.ACTION
-            frozen = None
+            if policy.device.type == "cuda":  # in bfloat16 a cached decoding step rounds otherwise
+                rollouts.old_logprob = score(policy, rollouts, response, config).logprob
+            # 5. advantages: within groups, or of a critic
+            if critic is None:
+                per_rollout = group_advantages(rollouts.rewards, config.group_size)
+                advantages = per_rollout[:, None].expand(response.shape)  # (B, T)
+            else:
+                advantages, returns = critic.advantages(rollouts)  # (B, T) each
+            # 6. token weights: here the arms differ, and nowhere else. GRPO: alpha 1, beta 0
+            signal = torch.zeros(response.shape, device=policy.device)
             if reference is not None:  # KL needs it at all tokens, the weights at action tokens
                 chosen = response if config.kl_coef else action
                 frozen = score(reference, rollouts, chosen, config)
-            if focus is None:
-                weights = response.float()  # GRPO: all alike
-            else:  # ActFocus: focus is (alpha, beta)
-                weights = actfocus_weights(frozen.energy, reasoning, action, response, *focus)
+                signal = token_signals(frozen, rollouts.old_logprob)[arm.signal]
+            weights = actfocus_weights(signal, reasoning, action, response, arm.alpha, arm.beta)
+            if arm.change:  # a control
+                weights = arm.change(weights, rollouts, seed=config.seed + 1000 * iteration)
             ref_logprob = frozen.logprob if config.kl_coef else None
             # 7. mini-batch updates
-            row |= report.behaviour(rollouts, weights)
+            row |= report.behaviour(rollouts, weights, advantages)
             row |= update(
                 policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng
             )
+            if critic is not None:
+                row |= critic.fit(rollouts, returns)
             row |= {"seconds": time.perf_counter() - began, "seconds_play": played - began}
-            if focus and iteration == 0:
+            if not arm.uniform and iteration == 0:
                 report.warn_if_untagged(reasoning, response)
-        report.log(out / f"{arm}.csv", row)  # 8. log
-        success |= {name: f"{row[name]:.2f}" for name in row if name.endswith("success")}
+        report.log(out / f"{name}.csv", row)  # 8. log
+        success |= {key: f"{row[key]:.2f}" for key in row if key.endswith("success")}
         progress.set_postfix(success)
 
 
@@ -126,14 +133,12 @@ def update(
     policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: Tensor,
     weights: Tensor, ref_logprob: Tensor | None, config: Config, rng: random.Random,
 ) -> dict[str, float]:  # fmt: skip
-    """One pass over the rollouts in shuffled mini-batches, an optimizer step each. advantages:
-    (B,); weights and, with a KL penalty, ref_logprob: (B, T). Returns columns of the log: means
-    over tokens, and over steps of the gradient norm."""
+    """One pass over the rollouts in shuffled mini-batches, an optimizer step each. advantages,
+    weights and, with a KL penalty, ref_logprob: (B, T). Returns columns of the log: means over
+    tokens; of the gradient, over steps."""
     response, old_logprob = rollouts.response, rollouts.old_logprob
-    if policy.device.type == "cuda":  # in bfloat16 a cached decoding step rounds differently
-        old_logprob = score(policy, rollouts, response, config).logprob
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
-    norms = []
+    norms, cosines, previous = [], [], None
     shuffled = torch.tensor(rng.sample(range(len(advantages)), len(advantages)))
     for rows in shuffled.split(config.minibatch):
         normalizer, count = weights[rows].sum(), response[rows].sum()  # of the whole mini-batch
@@ -141,7 +146,7 @@ def update(
             hidden, targets = scored_hidden(policy, rollouts, batch, response)  # (N, H), (N,)
             mask = response[batch]  # (b, T); mask.sum() = N
             old = old_logprob[batch][mask]  # (N,), as all per-token tensors from here on
-            advantage = advantages[batch, None].expand_as(mask)[mask]
+            advantage = advantages[batch][mask]
             with policy.autocast():
                 loss, logprob, entropy = fused_policy_loss(
                     hidden, policy.head, targets, old, advantage, weights[batch][mask],
@@ -159,6 +164,10 @@ def update(
             sums["entropy"] += entropy.double().sum().item()
             sums["kl"] += (ratio - 1 - (logprob - old)).double().sum().item()
             sums["clip_fraction"] += (above | below).sum().item()
+        gradient = report.flat_gradient(policy.model)  # (P,), or None for a large model
+        if previous is not None:
+            cosines.append(torch.cosine_similarity(previous, gradient, dim=0).item())
+        previous = gradient
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         norms.append(norm.item())
         if math.isfinite(norms[-1]):
@@ -169,6 +178,8 @@ def update(
     tokens = response.sum().item()
     row = {name: total / tokens for name, total in sums.items()}
     row["grad_norm"] = sum(norms) / len(norms)
+    if cosines:
+        row["gradient_agreement"] = sum(cosines) / len(cosines)
     if ref_logprob is not None:
         row["kl_reference"] = ((old_logprob - ref_logprob) * response).sum().item() / tokens
     return row
@@ -188,4 +199,4 @@ def score(policy: Policy, rollouts: Rollouts, chosen: Tensor, config: Config) ->
 
 
 if __name__ == "__main__":
-    run(parse(Config, "GRPO on a tool-calling environment."), {"grpo": None})
+    run(parse(Config, "GRPO on a tool-calling environment."), {"grpo": ARMS["grpo"]})

@@ -12,7 +12,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import ARMS, PANELS, column  # noqa: E402
+from arms import ARMS  # noqa: E402
+from report import PANELS, column  # noqa: E402
 
 SHOWN = ("eval_success", "train_success", "reasoning_accuracy")
 
@@ -21,7 +22,8 @@ def main(world: str, *seeds: str) -> None:
     folder = Path(__file__).parent / world
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
-        for arm, (label, color) in ARMS.items():
+        for arm in ("grpo", "actfocus"):
+            label, color = ARMS[arm].label, ARMS[arm].color
             runs = [column(folder / seed / f"{arm}.csv", name) for seed in seeds]
             for iterations, values in runs:
                 axes.plot(iterations, values, color=color, linewidth=0.8, alpha=0.45)
@@ -35,7 +37,7 @@ def main(world: str, *seeds: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(ARMS))
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
     figure.savefig(folder / "seeds.png", dpi=200)
 
 

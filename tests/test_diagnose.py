@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ import torch
 
 import diagnose
 import worlds
+from actfocus import actfocus_weights
+from arms import blame_silence, scatter_weights, turn_numbers
+from config import parse
 from diagnose import (
     SIGNALS,
     TOKENS,
@@ -25,11 +29,9 @@ from diagnose import (
     spearman,
     spearman_test,
     token_choices,
-    turn_numbers,
 )
 from energy import TokenStats
 from policy import load_policy
-from report import parse
 from rollout import Rollouts, score_all
 from segment import Segment
 from transcripts import Piece, after_instructions, draw_tokens, pieces, printable
@@ -112,28 +114,23 @@ def test_turns_are_counted_and_those_without_a_call_found():
         [0, 1, 1, 1, 1, 2, 2, 2, 2, 3],
         [0, 0, 1, 1, 1, 2, 2, 2, 2, 2],
     ]
-    blame = runpy.run_path(str(ROOT / "results" / "sudoku" / "blame.py"))
-    without_call = blame["without_call"](action, response)
-    assert without_call.nonzero().tolist() == [[0, 1], [0, 2], [0, 9], [1, 5], [1, 6]]
     energy = torch.arange(20, dtype=torch.float32).reshape(2, 10)
-    weights = blame["blaming_weights"](energy, reasoning, action, response, alpha=0.1, beta=0.0)
+    weights = actfocus_weights(energy, reasoning, action, response, alpha=0.1, beta=0.0)
+    weights = blame_silence(weights, SimpleNamespace(response=response, labels=labels), seed=0)
     assert weights[0].tolist() == pytest.approx([0, 1, 1, 0, 0, 0.1, 1, 1, 0, 1])
     assert weights[1].tolist() == pytest.approx([0, 0, 1, 1, 0, 1, 1, 0, 0, 0])
 
 
-def test_blame_changes_the_weights_of_the_loop(monkeypatch):
-    blame = runpy.run_path(str(ROOT / "results" / "sudoku" / "blame.py"))
-    trainer, seen = blame["train_grpo"], {}
-
-    def run(config, arms):
-        seen.update(config=config, arms=arms, weights=trainer.actfocus_weights)
-
-    monkeypatch.setattr(trainer, "actfocus_weights", trainer.actfocus_weights)  # put back after
-    monkeypatch.setattr(trainer, "run", run)
-    blame["main"](3)
-    assert (seen["config"].env, seen["config"].seed) == ("sudoku", 3)
-    assert seen["arms"] == {"actfocus": trainer.ActFocus(0.1, 0.5)}
-    assert seen["weights"] is blame["blaming_weights"]
+def test_the_placebo_moves_the_weights_and_keeps_them():
+    """Random tokens in the place of action tokens: the same weights, drawn once a seed."""
+    rollouts, _ = two_rollouts()
+    response = rollouts.response
+    weights = torch.rand(response.shape, generator=torch.Generator().manual_seed(0)) * response
+    moved = scatter_weights(weights, rollouts, seed=3)
+    assert torch.equal(moved[response].sort().values, weights[response].sort().values)
+    assert not torch.equal(moved, weights) and (moved[~response] == 0).all()
+    assert torch.equal(moved, scatter_weights(weights, rollouts, seed=3))
+    assert not torch.equal(moved, scatter_weights(weights, rollouts, seed=4))
 
 
 def test_the_harder_worlds_are_diagnosed_and_take_the_options_of_their_own(monkeypatch):

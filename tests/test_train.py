@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,18 @@ import torch
 
 import train_grpo
 from actfocus import actfocus_weights, clipped_loss, group_advantages
+from arms import ARMS
+from config import ActFocusConfig, Config, parse
 from energy import token_stats
 from fused_loss import policy_loss
-from report import COLUMNS, column, parse
+from report import COLUMNS, column, paired_difference
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
-from train_actfocus import ActFocusConfig
-from train_grpo import ActFocus, Config, run, update
+from train_grpo import run, update
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
-FOCUS = ActFocus(alpha=0.1, beta=0.5)
+GRPO, FOCUS = ARMS["grpo"], ARMS["actfocus"]
 SMALL = (
     "--iterations 2 --prompts 2 --group-size 4 --minibatch 4 --eval-episodes 4 --eval-every 1 "
     "--lr 1e-3"
@@ -67,6 +69,7 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
         "config.json",
         "grpo.csv",
         "actfocus.csv",
+        "prompts.csv",
         "curves.png",
         "samples.txt",
         "grpo",
@@ -81,7 +84,37 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
         assert f"===== {title} iterations: " in samples
     assert "<|im_start|>assistant" in samples and "<tool_response>" in samples
     assert result.stdout.count("The loss says little") == 1
-    assert "training mean" in result.stdout and "actfocus" in result.stdout.splitlines()[-2]
+    *_, table, _, paired = result.stdout.splitlines()
+    assert "training mean" in result.stdout and table.startswith("actfocus")
+    assert paired.startswith("actfocus less grpo: ") and "over 4 prompts" in paired
+    assert "more than noise" in paired
+
+
+def test_the_paired_difference_by_hand(tmp_path):
+    """Over the prompts that both arms played in the same iteration: gains 0.5, 0 and 0.25."""
+    lines = ["arm,iteration,prompt,success", "grpo,0,7,0.25", "grpo,0,8,0.5", "grpo,1,7,0.5"]
+    lines += ["actfocus,0,7,0.75", "actfocus,0,8,0.5", "actfocus,1,7,0.75", "actfocus,1,9,1"]
+    (tmp_path / "prompts.csv").write_text("\n".join(lines) + "\n")
+    mean, error, prompts = paired_difference(tmp_path, "actfocus", baseline="grpo")
+    assert (mean, prompts) == (pytest.approx(0.25), 3)
+    assert error == pytest.approx(0.25 / math.sqrt(3))  # their standard deviation is 0.25
+
+
+def test_gradient_agreement_is_the_cosine_of_successive_gradients(built_in, played):
+    """Mini-batches of the same rollouts twice agree fully; large models leave the column empty."""
+    twice = played.take(torch.arange(12).repeat(2))
+    advantages = group_advantages(twice.rewards, 4)[:, None].expand(twice.ids.shape)
+    optimizer = torch.optim.SGD(built_in.model.parameters(), lr=0.0)
+    weights, config = twice.response.float(), Config(minibatch=12, entropy_coef=0.0)
+
+    class Rng:  # every rollout once in the first half, once in the second
+        sample = staticmethod(lambda population, k: list(population))
+
+    row = update(built_in, optimizer, twice, advantages, weights, None, config, Rng)
+    assert row["gradient_agreement"] == pytest.approx(1.0, abs=1e-4)
+    whole = Config(minibatch=24, entropy_coef=0.0)
+    row = update(built_in, optimizer, twice, advantages, weights, None, whole, Rng)
+    assert "gradient_agreement" not in row
 
 
 def test_logs_have_their_columns_and_make_sense(both_arms):
@@ -91,7 +124,8 @@ def test_logs_have_their_columns_and_make_sense(both_arms):
             COLUMNS
         )
         for row in rows[:2]:
-            values = {key: float(row[key]) for key in COLUMNS if not key.startswith("kl_")}
+            absent = {"kl_reference", "value_loss", "explained_variance"}
+            values = {key: float(row[key]) for key in COLUMNS if key not in absent}
             assert all(math.isfinite(value) for value in values.values())
             assert (
                 0 <= values["train_success"] <= 1
@@ -185,6 +219,11 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--device nonsense", "--device nonsense cannot be used"),
         ("--iterations many", "invalid int value: 'many'"),
         ("--alhpa 1", "unrecognized arguments"),
+        ("--arms grpo,pong", "there is no arm 'pong'"),
+        ("--arms grpo,grpo", "names an arm twice"),
+        ("--arms grpo,ppo", "ppo has a critic, which train_ppo.py trains"),
+        ("--signal noise", "--signal is noise: choose one of energy"),
+        ("--eval-episodes 10 --eval-group-size 4", "do not split into groups of"),
         ("--thoughts 31", "--thoughts is 31: it must be at least 0 and at most 30"),
         ("--thoughts 0 --model x", "--thoughts is of the built-in model"),
     ],
@@ -282,11 +321,10 @@ def test_micro_batches_hold_every_row_once_within_the_limit(played):
 
 
 def weights_of(rollouts, frozen, focus):
-    """Stage 6 of the loop; focus is None for GRPO."""
-    if focus is None:
-        return rollouts.response.float()
+    """Stage 6 of the loop."""
     reasoning, action = (rollouts.labels == each for each in (Segment.REASONING, Segment.ACTION))
-    return actfocus_weights(frozen.energy, reasoning, action, rollouts.response, *focus)
+    response = rollouts.response
+    return actfocus_weights(frozen.energy, reasoning, action, response, focus.alpha, focus.beta)
 
 
 def gradients(policy, rollouts, focus, **options):
@@ -296,7 +334,7 @@ def gradients(policy, rollouts, focus, **options):
         **({"minibatch": 100, "entropy_coef": 0.01, "kl_coef": 0.1, "max_grad_norm": 1e9} | options)
     )
     frozen = score_all(policy, rollouts, rollouts.response, 1.0, 10**5)
-    advantages = group_advantages(rollouts.rewards, 4)
+    advantages = group_advantages(rollouts.rewards, 4)[:, None].expand(rollouts.ids.shape)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     caught = []
     optimizer.register_step_pre_hook(
@@ -328,7 +366,7 @@ def test_the_update_follows_the_gradient_of_the_written_formula(built_in, played
     """A plain full-logits GRPO loss with autograd, against the loop's packed, chunked,
     micro-batched one."""
     caught, row = gradients(
-        built_in, played, None, kl_coef=0.0, entropy_coef=0.001, micro_tokens=1500
+        built_in, played, GRPO, kl_coef=0.0, entropy_coef=0.001, micro_tokens=1500
     )
     logits = built_in.model(played.ids).logits[:, :-1]
     logp, response = logits.log_softmax(-1), played.response[:, 1:]
@@ -365,7 +403,7 @@ def test_the_kl_penalty_pulls_towards_the_reference(built_in, played):
         built_in,
         optimizer,
         played,
-        torch.zeros(12),
+        torch.zeros(played.ids.shape),
         played.response.float(),
         shifted,
         config,
@@ -385,7 +423,7 @@ def test_the_kl_penalty_pulls_towards_the_reference(built_in, played):
 
 def test_a_step_with_a_bad_gradient_is_skipped(built_in, played):
     before = [p.detach().clone() for p in built_in.model.parameters()]
-    advantages = torch.full((12,), float("nan"))
+    advantages = torch.full(played.ids.shape, float("nan"))
     optimizer = torch.optim.Adam(built_in.model.parameters(), lr=0.1)
     update(
         built_in,
@@ -411,7 +449,7 @@ def test_arms_differ_in_their_weights_only(start, tmp_path, monkeypatch):
     monkeypatch.setattr(train_grpo, "update", spy)
     flags = ["--model", str(start), "--out", str(tmp_path), *SMALL.split(), "--iterations", "1"]
     config = parse(ActFocusConfig, "", flags)
-    run(config, {"grpo": None, "actfocus": ActFocus(0.2, 1.0)})
+    run(config, {"grpo": GRPO, "actfocus": replace(FOCUS, alpha=0.2, beta=1.0)})
     (plain, advantages, uniform, none), (rollouts, same, weights, _) = given.values()
     assert torch.equal(plain.ids, rollouts.ids) and torch.equal(advantages, same) and none is None
     assert torch.equal(uniform, plain.response.float())
@@ -456,7 +494,7 @@ def test_the_fused_loss_trains_as_the_plain_one(start, tmp_path, monkeypatch):
 def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path, monkeypatch):
     seen = []
 
-    def spy(policy, config, arm, focus, out):
+    def spy(policy, config, name, arm, out, critic):
         seen.append([p.detach().clone() for p in policy.model.parameters()])
         with torch.no_grad():
             for p in policy.model.parameters():
@@ -464,7 +502,7 @@ def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path
 
     monkeypatch.setattr(train_grpo, "train", spy)
     config = Config(model=str(start), out=str(tmp_path))
-    run(config, {"grpo": None, "actfocus": FOCUS})
+    run(config, {"grpo": GRPO, "actfocus": FOCUS})
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 

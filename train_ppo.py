@@ -1,0 +1,162 @@
+"""PPO: the same loop with advantages of a critic, without and with the weights of ActFocus.
+
+    python train_ppo.py                            # PPO and PPO with ActFocus side by side
+    python train_ppo.py --arms ppo,grpo,placebo    # any arms of arms.py
+
+Group advantages need several rollouts of a prompt and give one number a rollout. A critic instead
+predicts, at every token, what the episode will still earn; the advantage of a token is what came
+out beyond that. ActFocus weighs the policy's loss alone: never advantages, nor the critic's loss.
+
+Simplified away: no clipping of the value loss, no early stop, no warm-up of the critic.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import ActFocusConfig, option, parse
+from policy import Policy
+from rollout import Rollouts, scored_hidden
+from train_grpo import run
+
+
+@dataclass
+class PPOConfig(ActFocusConfig):
+    arms: str = option("ppo,ppo-actfocus", "arms to train in turn, of arms.py")
+    critic_lr: float | None = option(
+        None, "learning rate of the critic; 1e-3 if built in, else 1e-5", 0, kind=float
+    )
+    critic_passes: int = option(2, "passes of the critic over the rollouts of an iteration", 1)
+    gae_lambda: float = option(1.0, "of generalised advantage estimation", 0, 1)
+    with_critic = True
+
+    def resolve(self) -> None:
+        super().resolve()
+        if self.critic_lr is None:
+            self.critic_lr = 1e-5 if self.model else 1e-3
+
+
+def gae(
+    rewards: Tensor, values: Tensor, response: Tensor, gamma: float = 1.0, lam: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over the tokens that the model wrote.
+
+    delta_t = r_t + gamma V(c_u) - V(c_t), A_t = delta_t + gamma lam A_u, where u is the next
+    *response* token: prompts and tool responses in between are skipped and discount nothing. After
+    the last one V and A are 0 (paper; gamma = lam = 1 there). returns = A + V: with lam = 1, what
+    the critic should have said.
+
+    rewards, values: (B, T) float; values[:, t] is V(c_t), of all that stands before token t.
+    response: (B, T) bool. Returns (advantages, returns), (B, T) float32, zero outside `response`.
+    Raises ValueError for shapes that differ, or gamma or lam outside [0, 1].
+
+    >>> response = torch.tensor([[False, True, False, True]])
+    >>> rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    >>> values = torch.tensor([[9.0, 0.25, 9.0, 0.75]])
+    >>> gae(rewards, values, response, lam=0.0)
+    (tensor([[0.0000, 0.5000, 0.0000, 0.2500]]), tensor([[0.0000, 0.7500, 0.0000, 1.0000]]))
+    """
+    if not rewards.shape == values.shape == response.shape or response.ndim != 2:
+        shapes = [tuple(x.shape) for x in (rewards, values, response)]
+        raise ValueError(f"rewards, values and response must share one shape (B, T): {shapes}")
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma is {gamma} and lam {lam}: both must be in [0, 1]")
+    advantages = torch.zeros_like(values, dtype=torch.float32)
+    value_after, advantage_after = torch.zeros(2, len(values), device=values.device)  # (B,) each
+    for t in range(values.shape[1] - 1, -1, -1):
+        here = response[:, t]
+        delta = rewards[:, t] + gamma * value_after - values[:, t]
+        advantage_after = torch.where(here, delta + gamma * lam * advantage_after, advantage_after)
+        value_after = torch.where(here, values[:, t], value_after)
+        advantages[:, t] = torch.where(here, advantage_after, 0.0)
+    return advantages, torch.where(response, advantages + values, 0.0)
+
+
+def reward_at_end(rewards: Tensor, response: Tensor) -> Tensor:
+    """(B, T): the reward of each episode, (B,), at its last response token; nowhere if it has none.
+
+    >>> reward_at_end(torch.tensor([2.0]), torch.tensor([[False, True, True, False]]))
+    tensor([[0., 0., 2., 0.]])
+    """
+    left = response.flip(1).cumsum(1).flip(1)  # (B, T): response tokens from here on
+    return torch.where(response & (left == 1), rewards[:, None], 0.0)
+
+
+def whiten(advantages: Tensor, response: Tensor) -> Tensor:
+    """(B, T): mean 0 and standard deviation 1 over all response tokens of the batch, as other
+    trainers do (our decision: the paper does not say)."""
+    chosen = advantages[response]
+    spread = (advantages - chosen.mean()) / (chosen.std(correction=0) + 1e-6)
+    return torch.where(response, spread, 0.0)
+
+
+class Critic:
+    """V(c_t): the policy's trunk, copied, under a linear layer with one output, which starts at 0.
+    Trained on the returns with an optimizer of its own."""
+
+    def __init__(self, policy: Policy, config: PPOConfig):
+        self.config = config
+        self.trunk = copy.copy(policy)  # so that `scored_hidden` serves it, too
+        self.trunk.model = copy.deepcopy(policy.model)
+        self.layer = torch.nn.Linear(policy.head.shape[1], 1, device=policy.device)
+        torch.nn.init.zeros_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
+        self.parameters = [*self.trunk.model.parameters(), *self.layer.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.critic_lr)
+        self.rng = random.Random(config.seed)  # its own: shuffling it leaves prompts as they are
+
+    def predict(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
+        """(N,) float32: the value before each response token of some rows, in their order."""
+        hidden, _ = scored_hidden(self.trunk, rollouts, rows, rollouts.response)  # (N, H)
+        return self.layer(hidden.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def values(self, rollouts: Rollouts) -> Tensor:
+        """(B, T): V(c_t) at the response tokens, else 0."""
+        values = torch.zeros(rollouts.ids.shape, device=rollouts.ids.device)
+        everything = torch.arange(len(values))
+        for rows in rollouts.micro_batches(everything, self.config.micro_tokens):
+            filled = torch.zeros_like(values[rows])
+            filled[rollouts.response[rows]] = self.predict(rollouts, rows)
+            values[rows] = filled
+        return values
+
+    def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Whitened advantages, and the returns to fit to: (B, T) each."""
+        response = rollouts.response
+        rewards = reward_at_end(rollouts.rewards, response)
+        values = self.values(rollouts)
+        advantages, returns = gae(rewards, values, response, lam=self.config.gae_lambda)
+        return whiten(advantages, response), returns
+
+    def fit(self, rollouts: Rollouts, returns: Tensor) -> dict[str, float]:
+        """Squared error, in mini-batches as the policy's. Columns of the log, of the values before
+        this fit, which the advantages came from: their loss, and the share of the variance of the
+        returns that they explain (1: all, 0: no better than the mean)."""
+        response, config = rollouts.response, self.config
+        before = (self.values(rollouts) - returns)[response]
+        variance = returns[response].var(correction=0)
+        for _ in range(config.critic_passes):
+            shuffled = torch.tensor(self.rng.sample(range(len(returns)), len(returns)))
+            for rows in shuffled.split(config.minibatch):
+                count = response[rows].sum()
+                for batch in rollouts.micro_batches(rows, config.micro_tokens):
+                    error = self.predict(rollouts, batch) - returns[batch][response[batch]]
+                    (0.5 * error.square().sum() / count).backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return {
+            "value_loss": 0.5 * before.square().mean().item(),
+            "explained_variance": (1 - before.var(correction=0) / variance).item(),
+        }
+
+
+if __name__ == "__main__":
+    config = parse(PPOConfig, "PPO without and with ActFocus on a tool-calling environment.")
+    run(config, config.chosen(), make_critic=Critic)
