@@ -500,7 +500,7 @@ def bench_growth(args: argparse.Namespace, results: Results) -> None:
         playing, rollouts = timed(args, lambda: rollout(policy, Babble, range(rows), **limits))
         advantages = torch.ones(rows, device=args.device)
         learning, _ = timed(
-            args, lambda: learn(policy, None, optimizer, rollouts, advantages, None, config)
+            args, lambda: learn(policy, None, optimizer, rollouts, advantages, ARMS["grpo"], config)
         )
         tokens = rollouts.response.sum().item() / 1e6
         return playing / tokens, learning / tokens

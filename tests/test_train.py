@@ -251,8 +251,9 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, tmp_path):
-    """No action tokens, all rewards equal, every turn malformed and cut."""
+def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, both_arms, tmp_path):
+    """No action tokens, all rewards equal, every turn malformed and cut. That ActFocus has nothing
+    to weigh down is said once, and not of a model that thinks in tags."""
     result = run_script(
         "train_actfocus.py",
         bytes_folder,
@@ -267,6 +268,9 @@ def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, tmp_pat
     assert float(row["action_fraction"]) == 0
     assert float(row["train_reward"]) == pytest.approx(-0.6)
     assert math.isfinite(float(row["loss"])) and math.isfinite(float(row["kl_reference"]))
+    said = "of the generated tokens are reasoning in <think> </think>"
+    assert (result.stdout + result.stderr).count(f"note: 0.0% {said}") == 1
+    assert said not in both_arms[1].stdout + both_arms[1].stderr
 
 
 def test_group_filter_and_reference_run(start, tmp_path):
@@ -504,17 +508,6 @@ def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path
     config = Config(model=str(start), out=str(tmp_path))
     run(config, {"grpo": GRPO, "actfocus": FOCUS})
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-
-
-def test_reasoning_that_is_never_tagged_is_said_once(bytes_folder, start, tmp_path):
-    """A model that just talks, then calls: ActFocus has next to nothing to weigh down."""
-    said = "of the generated tokens are reasoning in <think> </think>"
-    flags = ("--max-turn-tokens", "20", "--iterations", "1")
-    babble = run_script("train_actfocus.py", bytes_folder, tmp_path / "a", *flags)
-    assert babble.returncode == 0, babble.stderr
-    assert (babble.stdout + babble.stderr).count(f"note: 0.0% {said}") == 1
-    spoken = run_script("train_actfocus.py", start, tmp_path / "b", "--iterations", "1")
-    assert said not in spoken.stdout + spoken.stderr
 
 
 def test_what_was_not_given_is_filled_in_one_place():
