@@ -1,7 +1,7 @@
 """The arms: every way of crediting tokens that the trainers know, one a line.
 
     python train_actfocus.py --arms grpo,placebo
-    python compare.py --env frozenlake --arms grpo actfocus discount --seeds 0-3
+    python train_ppo.py --arms ppo,grpo
 
 An arm is how much a token counts (alpha, beta, the signal), where advantages come from (groups, or
 with a critic PPO's), and for a control what is done to the weights at last. A new arm is one line

@@ -161,7 +161,7 @@ def summary(out: Path) -> str:
         lines.append(
             f"{name} less {names[0]}: {100 * mean:+.1f} points of training success, standard error "
             f"{100 * error:.1f} over {prompts} prompts that both played: {verdict} than noise in "
-            "this run (compare.py asks other seeds)"
+            "this run (another seed is another run)"
         )
     return "\n".join(lines)
 

@@ -68,7 +68,7 @@ print(*counts, moved.item(), weights[labels == Segment.REASONING].unique().tolis
 """
 
 
-@pytest.mark.parametrize("which", ["start", "tiny_folder"])
+@pytest.mark.parametrize("which", ["start", "bytes_folder"])
 def test_the_loop_runs_on_three_copied_files_alone(which, request, built_in, tmp_path):
     """In an empty folder: three files and the README's loop over a Hugging Face model. One speaks
     the protocol; the other babbles, without any action token."""
@@ -92,7 +92,7 @@ def test_the_loop_runs_on_three_copied_files_alone(which, request, built_in, tmp
         assert int(reasoning) > 5 * int(action) > 500
         assert alpha == ["[0.10000000149011612]"]
     else:
-        assert int(action) < int(formatted)  # babble: spans are rare
+        assert int(action) == 0
 
 
 def test_the_environment_of_the_readme_plays_and_is_found_by_name(tiny, monkeypatch):
