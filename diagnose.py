@@ -1,20 +1,22 @@
-"""The Action Bottleneck (paper, Figures 1, 2): is the reference unsure where prompts teach most?
+"""The Action Bottleneck, measured without training: which tokens teach, and does energy tell?
 
     python diagnose.py --env sokoban                    # the built-in model plays itself
     python diagnose.py --env sokoban --checkpoint runs/mine/actfocus    # a trained policy plays
 
-GRPO learns from a prompt only if its rollouts end differently: the variance of a group's rewards is
-what there is to learn. The paper finds that the reference's mean energy over a group's action
-tokens goes along with that variance, and over its reasoning tokens does not. This measures it on
-any environment and model: rank correlations with bootstrap intervals and permutation p-values, of
-four signals over four choices of tokens. The output folder holds groups.csv (a row a group),
-correlations.csv (a row a signal and choice of tokens) and their picture, bottleneck.png; and, from
-transcripts.py, tokens.html and tokens.png: every token coloured by its ActFocus weight.
+First, how much signal and how much noise the policy gradient of the first prompts has, by kind of
+token and under each weighting (gradient_signal.py): signal.csv and signal.png.
+
+Then the paper's evidence (Figures 1, 2), over all prompts. GRPO learns from a prompt only if its
+rollouts end differently: the variance of a group's rewards is what there is to learn. The paper
+finds that the reference's mean energy over a group's action tokens goes along with that variance,
+and over its reasoning tokens does not. Measured here are the rank correlations of four signals over
+four choices of tokens, with bootstrap intervals and permutation p-values: groups.csv (a row a
+group), correlations.csv (a row a signal and choice of tokens) and their picture, bottleneck.png.
+And, from transcripts.py, tokens.html and tokens.png: every token coloured by its ActFocus weight.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -32,8 +34,10 @@ from actfocus import actfocus_weights
 from arms import SIGNALS, token_signals, turn_numbers
 from config import DEVICE, option, parse
 from energy import TokenStats
+from gradient_signal import PROMPTS_PER_BLOCK, Block, draw_signal, measure_block, signal_rows
+from gradient_signal import summary as signal_summary
 from policy import Policy, load_policy
-from report import logs
+from report import logs, write_rows
 from rollout import Rollouts, repeated
 from segment import Segment
 from train_grpo import play, score
@@ -58,8 +62,12 @@ class DiagnoseConfig:
     model: str | None = option(None, "reference: folder or hub id; or the built-in model", kind=str)
     checkpoint: str | None = option(None, "trained policy that plays instead: a folder", kind=str)
     skill: float | None = option(None, "of the built-in model's demonstrator", 0, 1, kind=float)
+    thoughts: int | None = option(
+        None, "free sentences in a thought, of the built-in model", 0, 30, kind=int
+    )
     warm_start_seed: int | None = option(None, "another built-in model", 0, kind=int)
     groups: int = option(128, "prompts", 8)
+    blocks: int = option(16, "of two prompts, to compare their gradients; 0: none", 0, 64)
     group_size: int = option(16, "rollouts of each prompt", 2)
     temperature: float = option(1.0, "sampling temperature", 0.01)
     alpha: float = option(0.1, "weight of reasoning tokens in the pictures of tokens", 0, 1)
@@ -72,13 +80,19 @@ class DiagnoseConfig:
     device: str = option(DEVICE, "torch device")
     out: str | None = option(None, "folder for results; runs/<time>-<env>-diagnosis", kind=str)
 
+    def shaping(self) -> dict:
+        """What was asked of the built-in model, by fields of `WarmStart`."""
+        asked = {"skill": self.skill, "thoughts": self.thoughts, "seed": self.warm_start_seed}
+        return {name: value for name, value in asked.items() if value is not None}
+
     def check(self) -> None:
         """Raise ValueError for what cannot run, or would not do what was asked."""
         make_env(self.env)
-        shaping = {"--skill": self.skill, "--warm-start-seed": self.warm_start_seed}
-        for flag, value in shaping.items():
-            if self.model and value is not None:
-                raise ValueError(f"{flag} is of the built-in model: leave it out, or --model")
+        if 0 < self.blocks < 4:
+            raise ValueError(f"--blocks is {self.blocks}: it must be 0, or at least 4")
+        for name in self.shaping() if self.model else ():
+            flag = "--warm-start-seed" if name == "seed" else f"--{name}"
+            raise ValueError(f"{flag} is of the built-in model: leave it out, or --model")
         if self.out and logs(Path(self.out)):
             raise ValueError(f"--out {self.out} holds a training run: choose another folder")
 
@@ -89,8 +103,8 @@ def diagnose(config: DiagnoseConfig) -> None:
     out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.env}-diagnosis")
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    groups = []
-    at_once = max(1, config.batch // config.group_size)
+    groups, blocks, wanted = [], [], min(config.blocks, config.groups // PROMPTS_PER_BLOCK)
+    at_once = PROMPTS_PER_BLOCK * max(1, config.batch // config.group_size // PROMPTS_PER_BLOCK)
     starts = range(0, config.groups, at_once)
     for start in tqdm(starts, desc="groups", unit="batch", dynamic_ncols=True):
         stop = min(start + at_once, config.groups)
@@ -104,23 +118,58 @@ def diagnose(config: DiagnoseConfig) -> None:
         player = frozen
         if policy is not reference:
             player = score(policy, rollouts, rollouts.response, config)
+        if len(blocks) < wanted:
+            blocks += measure_blocks(policy, rollouts, frozen, player.logprob, config)
+            if len(blocks) >= wanted:
+                report_signal(out, blocks[:wanted], config)
         if not groups:  # pictures of tokens come from the first batch
             draw_weights(out, policy, rollouts, frozen, config)
         groups += measure(rollouts, frozen, player.logprob, prompts, config.group_size)
-        write_csv(out / "groups.csv", groups)  # an interrupted run keeps what it played
+        write_rows(out / "groups.csv", groups)  # an interrupted run keeps what it played
     table = correlations(groups, np.random.default_rng(config.seed))
-    write_csv(out / "correlations.csv", [result._asdict() for result in table])
+    write_rows(out / "correlations.csv", [result._asdict() for result in table])
     draw_bottleneck(out / "bottleneck.png", groups, table, config)
     print(summary(groups, table), f"pictures and tables are in {out}", sep="\n")
+
+
+def measure_blocks(
+    policy: Policy, rollouts: Rollouts, frozen: TokenStats, logprob: Tensor, config: DiagnoseConfig
+) -> list[Block]:
+    """The gradients of rollouts, PROMPTS_PER_BLOCK whole groups at a time; what is left over is
+    left out. logprob: (B, T), of the policy that played."""
+    blocks = []
+    rows = torch.arange(len(rollouts.ids), device=policy.device)
+    for some in tqdm(rows.split(block_size(config)), desc="gradients", unit="block", leave=False):
+        if len(some) == block_size(config):
+            stats = TokenStats(*(values[some] for values in frozen))
+            block = measure_block(policy, rollouts.take(some), stats, logprob[some], config)
+            blocks.append(block)
+    return blocks
+
+
+def block_size(config: DiagnoseConfig) -> int:
+    """Rollouts in a block."""
+    return PROMPTS_PER_BLOCK * config.group_size
+
+
+def report_signal(out: Path, blocks: list[Block], config: DiagnoseConfig) -> None:
+    """Tables and picture of what the gradients showed, as soon as they are known."""
+    rows = signal_rows(blocks, block_size(config))
+    write_rows(out / "signal.csv", rows)
+    title = (
+        f"{config.env}: signal and noise of the policy gradient, {len(blocks)} blocks of "
+        f"{PROMPTS_PER_BLOCK} prompts x {config.group_size} rollouts; 95 % jackknife intervals"
+    )
+    draw_signal(out / "signal.png", rows, block_size(config), title)
+    tqdm.write(f"{signal_summary(rows, block_size(config))}\n{out / 'signal.png'} shows it\n")
 
 
 def load_policies(config: DiagnoseConfig) -> tuple[Policy, Policy]:
     """The reference and who plays: the same one without --checkpoint. SystemExit with the reason
     if they cannot be used."""
-    shaping = {"skill": config.skill, "seed": config.warm_start_seed}
-    given = {name: value for name, value in shaping.items() if value is not None}
     try:
-        reference = load_policy(config.model or start_folder(config.env, **given), config.device)
+        folder = config.model or start_folder(config.env, **config.shaping())
+        reference = load_policy(folder, config.device)
         if not config.checkpoint:
             return reference, reference
         policy = load_policy(config.checkpoint, config.device)
@@ -190,16 +239,6 @@ def measure(
                 row[f"{signal}_{name}"] = values[group][mask[group]].mean()
         rows.append({"seed": seed} | {name: float(value) for name, value in row.items()})
     return rows
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(rows[0])
-        for row in rows:
-            writer.writerow(
-                f"{value:.6g}" if isinstance(value, float) else value for value in row.values()
-            )
 
 
 # -------------------------------------------------------------------------------------- statistics

@@ -70,6 +70,7 @@ class Policy:
     control_tokens: frozenset[int] = field(init=False)  # any of them ends a turn that samples it
     opening: bytes = field(init=False)  # of a turn, written by the template: b"<think>\n" or b""
     _prompts: dict = field(init=False, default_factory=dict)
+    _noted: bool = field(init=False, default=False)  # that the template ignores tools
 
     def __post_init__(self):
         if self.device.type == "cpu":
@@ -116,7 +117,8 @@ class Policy:
         if key not in self._prompts:  # rendering a template is slow, and episodes share it
             framing = self._framing(["system", "user"], tools)
             if tools and not all(tool["function"]["name"] in "".join(framing) for tool in tools):
-                if not self._prompts:
+                if not self._noted:
+                    self._noted = True
                     note = "the chat template ignores tools: they are put into the system message"
                     print(f"note: {note}", file=sys.stderr)
                 framing = self._framing(["system", "user"])

@@ -7,14 +7,18 @@ that an interrupted run keeps all that it did.
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from arms import ARMS
+from arms import ARMS, Arm
 from policy import Policy
 from rollout import Rollouts
 from segment import Segment
@@ -60,6 +64,19 @@ PANELS = {  # column: title, label of the y axis
     "entropy": ("Entropy", "nats per generated token"),
     "reasoning_weight_share": ("Weight on reasoning tokens", "share of total weight"),
     "gradient_agreement": ("Gradients of successive mini-batches", "mean cosine"),
+}
+T_975 = (  # 97.5 % quantiles of Student's t, by degrees of freedom from 1
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+MEASURES = {  # of a run: what several seeds are compared by
+    "final": "points of evaluation success after the run",
+    "peak": "the highest mean of three evaluations in a row, in points",
+    "fall": "from that peak to the last three, in points",
+    "area": "mean evaluation success, by the area under its curve, in points",
+    "training": "mean success of all training rollouts, in points",
+    "reach": "iterations until an evaluation reaches a threshold; inf: never",
 }
 LARGE = 200_000_000  # parameters: a copy of the gradient of a larger model may not fit
 
@@ -164,6 +181,59 @@ def summary(out: Path) -> str:
             "this run (another seed is another run)"
         )
     return "\n".join(lines)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """A CSV of rows with the same keys."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows[0])
+        for row in rows:
+            writer.writerow(
+                f"{value:.6g}" if isinstance(value, float) else value for value in row.values()
+            )
+
+
+# ----------------------------------------------------------------------------------- several seeds
+def t_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean of independent values (Student's t): inf for a
+    single one, nan if one is nan.
+
+    >>> round(t_interval([1.0, 2.0, 3.0]), 3)  # 4.303 * 1 / sqrt(3)
+    2.484
+    """
+    n = len(values)
+    if n < 2:
+        return math.inf
+    quantile = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.4 / (n - 1)
+    return quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def measures(log: Path, threshold: float) -> dict[str, float]:
+    """MEASURES of a run, by its log."""
+    iterations, success = (np.array(values) for values in column(log, "eval_success"))
+    of_three = np.convolve(success, np.full(3, 1 / 3), "valid") if len(success) > 2 else success
+    return {
+        "final": 100 * success[-1],
+        "peak": 100 * of_three.max(),
+        "fall": 100 * (of_three.max() - of_three[-1]),
+        "area": 100 * np.trapezoid(success, iterations) / iterations[-1],
+        "training": 100 * float(np.mean(column(log, "train_success")[1])),
+        "reach": min(iterations[success >= threshold], default=np.inf),
+    }
+
+
+def draw_seeds(axes: Axes, arm: Arm, runs: list) -> None:
+    """Runs of one arm, (iterations, values) each: faint, and their mean with its 95 % interval."""
+    if not runs:
+        return
+    x, color = runs[0][0], arm.color
+    values = np.array([values for _, values in runs])  # (seeds, iterations)
+    mean, half = values.mean(0), np.array([t_interval(each) for each in values.T])
+    axes.plot(x, values.T, color=color, linewidth=0.7, alpha=0.3)
+    axes.plot(x, mean, color=color, linewidth=2, label=arm.label)
+    if len(runs) > 1:
+        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.12)
 
 
 # ------------------------------------------------------------------------------------ measurements

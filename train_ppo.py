@@ -109,6 +109,7 @@ class Critic:
         self.parameters = [*self.trunk.model.parameters(), *self.layer.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.critic_lr)
         self.rng = random.Random(config.seed)  # its own: shuffling it leaves prompts as they are
+        self.foresaw: dict[str, float] = {}  # how well, at the last `advantages`
 
     def predict(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
         """(N,) float32: the value before each response token of some rows, in their order."""
@@ -132,15 +133,18 @@ class Critic:
         rewards = reward_at_end(rollouts.rewards, response)
         values = self.values(rollouts)
         advantages, returns = gae(rewards, values, response, lam=self.config.gae_lambda)
+        error, variance = (returns - values)[response], returns[response].var(correction=0)
+        self.foresaw = {
+            "value_loss": 0.5 * error.square().mean().item(),
+            "explained_variance": (1 - error.var(correction=0) / variance).item(),
+        }
         return whiten(advantages, response), returns
 
     def fit(self, rollouts: Rollouts, returns: Tensor) -> dict[str, float]:
-        """Squared error, in mini-batches as the policy's. Columns of the log, of the values before
-        this fit, which the advantages came from: their loss, and the share of the variance of the
-        returns that they explain (1: all, 0: no better than the mean)."""
+        """Squared error, in mini-batches as the policy's. Returns columns of the log, of the values
+        before this fit, which the advantages came from: their loss, and the share of the variance
+        of the returns that they explain (1: all, 0: no better than the mean)."""
         response, config = rollouts.response, self.config
-        before = (self.values(rollouts) - returns)[response]
-        variance = returns[response].var(correction=0)
         for _ in range(config.critic_passes):
             shuffled = torch.tensor(self.rng.sample(range(len(returns)), len(returns)))
             for rows in shuffled.split(config.minibatch):
@@ -151,10 +155,7 @@ class Critic:
                 torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return {
-            "value_loss": 0.5 * before.square().mean().item(),
-            "explained_variance": (1 - before.var(correction=0) / variance).item(),
-        }
+        return self.foresaw
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Sokoban(World):
     counts the surrounding wall, as is usual. Raises ValueError for options out of bounds.
     """
 
-    skill = 0.55
+    skill = 0.57
     turn_cost = 0.01
     format_penalty = World.format_penalty / 10
     sayings = """A box can be pushed, but never pulled. A box in a corner is lost. I have to stand

@@ -400,7 +400,9 @@ def test_a_checkpoint_that_is_none_or_has_another_tokenizer_is_refused(
         diagnose.diagnose(config)
 
 
-@pytest.mark.parametrize("flag, value", [("--skill", "0.5"), ("--warm-start-seed", "0")])
+@pytest.mark.parametrize(
+    "flag, value", [("--skill", "0.5"), ("--thoughts", "4"), ("--warm-start-seed", "0")]
+)
 def test_flags_of_the_built_in_model_are_refused_beside_model(flag, value, capsys):
     """They were ignored."""
     with pytest.raises(SystemExit) as stop:
@@ -418,11 +420,11 @@ def test_flags_of_the_built_in_model_reach_it_only_when_given(monkeypatch):
         raise ValueError("no model today")
 
     monkeypatch.setattr(diagnose, "start_folder", start_folder)
-    shaped = DiagnoseConfig(env="shop", skill=0.0, warm_start_seed=0)
+    shaped = DiagnoseConfig(env="shop", skill=0.0, thoughts=0, warm_start_seed=0)
     for config in (DiagnoseConfig(), shaped):
         with pytest.raises(SystemExit, match="the policy cannot be loaded: no model today"):
             diagnose.load_policies(config)
-    assert asked == [("frozenlake", {}), ("shop", {"skill": 0.0, "seed": 0})]
+    assert asked == [("frozenlake", {}), ("shop", {"skill": 0.0, "thoughts": 0, "seed": 0})]
 
 
 def test_other_flags_that_cannot_work_are_refused(tmp_path, capsys):

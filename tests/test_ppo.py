@@ -81,9 +81,12 @@ def test_a_critic_fits_a_known_value_and_leaves_the_policy_alone(built_in):
     before = [p.detach().clone() for p in built_in.model.parameters()]
     critic = Critic(built_in, PPOConfig(critic_lr=1e-3, critic_passes=30, minibatch=2))
     assert (critic.values(rollouts) == 0).all()
-    returns = rollouts.response * torch.tensor([[1.0], [0.0]])
+    rollouts.rewards = torch.tensor([1.0, 0.0])
+    _, returns = critic.advantages(rollouts)
+    assert torch.equal(returns, rollouts.response * rollouts.rewards[:, None])
     first = critic.fit(rollouts, returns)
     assert first["explained_variance"] == pytest.approx(0, abs=1e-6)
+    critic.advantages(rollouts)
     after = critic.fit(rollouts, returns)
     assert after["explained_variance"] > 0.9 and after["value_loss"] < 0.1 * first["value_loss"]
     values = critic.values(rollouts)

@@ -1,0 +1,237 @@
+"""Arms x worlds x learning rates x seeds in one command, and how sure the answer is.
+
+    python compare.py --env frozenlake sokoban --arms grpo actfocus --seeds 0-7 --lr 1e-4 3e-4 \\
+        --jobs 2 --out runs/compare
+
+Each cell is an ordinary run of train_ppo.py with one arm, in a process and a folder of its own; any
+flag that is not listed here is handed to it (--iterations 40 --prompts 16). Cells that are done are
+not run again, so the same command goes on after an interruption, or with more seeds. The first arm
+is the baseline: arms meet the same prompts with the same seeds, so differences are taken seed by
+seed. --out holds the cells, compare.csv (all logs, tidy), table.txt, table.csv and compare.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from arms import ARMS
+from config import parse
+from report import COLUMNS, MEASURES, PANELS, column, draw_seeds, measures, t_interval
+from train_ppo import PPOConfig
+from warm_start import start_folder
+
+TRAINER = Path(__file__).with_name("train_ppo.py")
+PAIRED = ("final", "area", "training")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    env: str
+    arm: str
+    lr: float | None  # None: the world's own
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        rate = "" if self.lr is None else f"-lr{self.lr:g}"
+        return out / self.env / f"{self.arm}{rate}-seed{self.seed}"
+
+    def flags(self, rest: list[str]) -> list[str]:
+        own = ["--env", self.env, "--arms", self.arm, "--seed", str(self.seed)]
+        return [*rest, *own, *([] if self.lr is None else ["--lr", str(self.lr)])]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, rest = parse_flags(argv)
+    everything = itertools.product(args.seeds, args.env, args.lr, args.arms)  # pairs end together
+    cells = [Cell(env, arm, lr, seed) for seed, env, lr, arm in everything]
+    configs = {cell: parse(PPOConfig, __doc__, cell.flags(rest)) for cell in cells}
+    todo = [cell for cell in cells if not finished(cell, configs[cell], args.out)]
+    for cell in todo:  # once, and not in every process
+        if not configs[cell].model:
+            start_folder(cell.env, thoughts=configs[cell].thoughts)
+    print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done before; {args.out}")
+    failed = run_all(todo, rest, args.out, args.jobs)
+    done = [cell for cell in cells if cell.folder(args.out).exists()]
+    if done:
+        done.sort(key=lambda cell: args.arms.index(cell.arm))  # the baseline first
+        report(done, args.out, args.threshold)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(cells)} cells failed: say it again to try again")
+
+
+def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """What to compare, and the flags of training."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed would be --seeds
+        epilog="train_ppo.py --help lists the flags that are handed on",
+    )
+    parser.add_argument("--env", nargs="+", default=["frozenlake"])
+    parser.add_argument("--arms", nargs="+", default=["grpo", "actfocus"], choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=seed_range, default=[range(3)], metavar="0-7")
+    parser.add_argument("--lr", nargs="+", type=float, default=[None], help="(the world's own)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; if > 1, a thread each")
+    parser.add_argument("--threshold", type=float, default=0.5, help="success to reach")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    args, rest = parser.parse_known_args(argv)
+    args.seeds = [seed for seeds in args.seeds for seed in seeds]
+    if {"--seed", "--no-baseline"} & {word.partition("=")[0] for word in rest}:
+        parser.error("--seed and --no-baseline are not for a comparison: say --seeds and --arms")
+    for name in ("env", "arms", "seeds", "lr"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name} names something twice: name each once")
+    if args.jobs < 1 or not args.seeds:
+        parser.error("--jobs must be at least 1, and --seeds a range such as 0-7")
+    return args, rest
+
+
+def seed_range(text: str) -> range:
+    """
+    >>> list(seed_range("0-3")), list(seed_range("7"))
+    ([0, 1, 2, 3], [7])
+    """
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+# --------------------------------------------------------------------------------------- the cells
+def finished(cell: Cell, config: PPOConfig, out: Path) -> bool:
+    """Is the cell done? SystemExit if it was run with other flags."""
+    folder = cell.folder(out)
+    if not folder.exists():
+        return False
+    config.resolve()
+    before = json.loads((folder / "config.json").read_text())
+    for name, value in asdict(config).items():
+        if name not in ("out", "device") and before.get(name, value) != value:
+            was = f"{name} {before[name]}, not {value}"
+            raise SystemExit(f"{folder} was run with {was}: choose another --out, or remove it")
+    return True
+
+
+def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Cell]:
+    """Run cells, several at a time. Returns those that failed."""
+    threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}  # else they slow each other down tenfold
+    environment = {**os.environ, **threads}
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run_cell, cell, rest, out, environment): cell for cell in cells}
+        try:
+            for future in tqdm(as_completed(running), "cells", len(cells), dynamic_ncols=True):
+                if problem := future.result():
+                    failed.append(running[future])
+                    tqdm.write(f"failed: {running[future].folder(out)}: {problem}")
+        except KeyboardInterrupt:  # what runs hears it too; what waits shall not start
+            pool.shutdown(cancel_futures=True)
+            raise SystemExit("interrupted; the same command goes on") from None
+    return failed
+
+
+def run_cell(cell: Cell, rest: list[str], out: Path, environment: dict[str, str]) -> str:
+    """Run one cell in a folder that gets its name when all is done. Returns what went wrong."""
+    folder = cell.folder(out)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    command = [sys.executable, str(TRAINER), *cell.flags(rest), "--out", str(partial)]
+    with (partial / "output.txt").open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+    said = (partial / "output.txt").read_text(encoding="utf-8").strip()
+    if code:
+        return f"{said.splitlines()[-1] if said else f'exit code {code}'} ({partial}/output.txt)"
+    partial.rename(folder)
+    return ""
+
+
+# -------------------------------------------------------------------------------------- the answer
+Logs = dict[str, dict[int, Path]]  # by arm, by seed
+
+
+def report(cells: list[Cell], out: Path, threshold: float) -> None:
+    """Write compare.csv, the table and the picture."""
+    worlds: dict[tuple[str, float], Logs] = {}  # by env and learning rate
+    setting = ["env", "arm", "seed", "lr", "alpha", "beta", "signal"]
+    with (out / "compare.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*setting, *COLUMNS])
+        writer.writeheader()
+        for cell in cells:
+            folder, log = cell.folder(out), cell.folder(out) / f"{cell.arm}.csv"
+            config = PPOConfig(**json.loads((folder / "config.json").read_text()))
+            values = asdict(cell) | asdict(config.chosen()[cell.arm]) | {"lr": config.lr}
+            with log.open(newline="", encoding="utf-8") as lines:
+                for row in csv.DictReader(lines):
+                    writer.writerow({name: values[name] for name in setting} | row)
+            arms = worlds.setdefault((cell.env, config.lr), {})
+            arms.setdefault(cell.arm, {})[cell.seed] = log
+    text = "\n\n".join(table(*key, arms, threshold) for key, arms in worlds.items())
+    (out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
+    draw(worlds, out / "compare.png")
+    print(text, f"\n{out} has compare.csv, table.txt and compare.png")
+
+
+def table(env: str, lr: float, arms: Logs, threshold: float) -> str:
+    """An arm a line: means over seeds, and what sets it apart from the first arm, seed by seed."""
+    found, baseline = {}, next(iter(arms))
+    for arm, logs in arms.items():
+        found[arm] = {seed: measures(log, threshold) for seed, log in logs.items()}
+    gains = "".join(f"{f'{name} less {baseline}':>26}" for name in PAIRED)
+    names = "".join(f"{name:>9}" for name in MEASURES)
+    lines = [f"{env}, lr {lr:g}", f"{'':14}{'seeds':>6}{names}{gains}"]
+    for arm, runs in found.items():
+        line = f"{arm:14}{len(runs):>6}"
+        for name in MEASURES:
+            values = [run[name] for run in runs.values() if run[name] < np.inf]
+            line += f"{np.mean(values):>9.1f}" if values else f"{'never':>9}"
+        both = runs.keys() & found[baseline].keys()
+        for name in PAIRED if both and arm != baseline else ():
+            gain = [runs[seed][name] - found[baseline][seed][name] for seed in both]
+            won = f"{sum(each > 0 for each in gain)}/{len(gain)}"
+            line += f"{f'{np.mean(gain):+.1f} ± {t_interval(gain):.1f}, {won}':>26}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def draw(worlds: dict[tuple[str, float], Logs], path: Path) -> None:
+    """A row a world and rate: evaluation and training success, and both less the first arm's."""
+    figure = Figure(figsize=(16, 3.8 * len(worlds)), layout="constrained")
+    rows = figure.subplots(len(worlds), 4, squeeze=False)
+    for panels, ((env, lr), arms) in zip(rows, worlds.items(), strict=True):
+        first = next(iter(arms))
+        kinds = itertools.product(("eval_success", "train_success"), (False, True))
+        for axes, (name, paired) in zip(panels, kinds, strict=True):
+            for arm, logs in arms.items():
+                runs = {seed: column(log, name) for seed, log in logs.items()}
+                if paired:
+                    others = {seed: column(log, name)[1] for seed, log in arms[first].items()}
+                    both = runs.keys() & others.keys() if arm != first else ()
+                    runs = {i: (runs[i][0], np.subtract(runs[i][1], others[i])) for i in both}
+                draw_seeds(axes, ARMS[arm], list(runs.values()))
+            what = f"less {ARMS[first].label}, seed by seed" if paired else f"{env}, lr {lr:g}"
+            axes.set(title=f"{PANELS[name][0]}\n{what}", xlabel="training iterations")
+            axes.set(ylabel="difference" if paired else "success rate")
+            axes.axhline(0, color="black", linewidth=0.8)
+            axes.grid(alpha=0.3)
+    handles, labels = rows[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

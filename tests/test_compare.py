@@ -1,0 +1,171 @@
+"""compare.py: what it measures by hand, cells that are run once, and a real comparison."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compare
+from report import MEASURES, log, measures, t_interval
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--iterations 2 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 4 --eval-every 1 "
+SMALL += "--max-turn-tokens 20 --max-tokens 500 --device cpu"
+
+
+def write_log(path, evaluations, training=()):
+    """A log with evaluations every second iteration."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for iteration in range(2 * len(evaluations) - 1):
+        row = {"iteration": iteration}
+        if iteration % 2 == 0:
+            row["eval_success"] = float(evaluations[iteration // 2])
+        if iteration < 2 * len(evaluations) - 2:
+            row["train_success"] = float(training[iteration] if training else 0)
+        log(path, row)
+    return path
+
+
+def test_measures_of_a_run_by_hand(tmp_path):
+    path = write_log(tmp_path / "a.csv", [0.2, 0.6, 0.7, 0.5, 0.3], [0.1, 0.3] * 4)
+    found = measures(path, threshold=0.6)
+    assert found.keys() == MEASURES.keys()
+    assert found["final"] == pytest.approx(30)
+    assert found["peak"] == pytest.approx(60)  # of 0.6, 0.7, 0.5
+    assert found["fall"] == pytest.approx(10)  # to 0.7, 0.5, 0.3
+    assert found["area"] == pytest.approx(100 * (0.4 + 0.65 + 0.6 + 0.4) * 2 / 8)
+    assert found["training"] == pytest.approx(20)
+    assert found["reach"] == 2
+    assert measures(path, threshold=0.8)["reach"] == math.inf
+    short = measures(write_log(tmp_path / "b.csv", [0.4, 0.2]), 0.5)
+    assert (short["peak"], short["fall"]) == (pytest.approx(40), pytest.approx(20))
+
+
+def test_t_intervals():
+    assert t_interval([1, 2, 3, 4, 5, 6, 7, 8]) == pytest.approx(2.365 * 6**0.5 / 8**0.5)
+    assert t_interval([5]) == math.inf
+    many = [i % 2 for i in range(1000)]  # normal: 1.96 standard errors
+    assert t_interval(many) == pytest.approx(1.962 * 0.5 / 1000**0.5, rel=1e-3)
+
+
+def test_the_table_pairs_seeds(tmp_path):
+    logs = {"grpo": {}, "actfocus": {}, "placebo": {}}
+    for seed, final in enumerate([0.3, 0.4, 0.5]):
+        path = tmp_path / str(seed)
+        logs["grpo"][seed] = write_log(path / "grpo.csv", [0.1, final])
+        logs["actfocus"][seed] = write_log(path / "actfocus.csv", [0.1, final + 0.1 * seed - 0.05])
+    logs["placebo"][7] = write_log(tmp_path / "7" / "placebo.csv", [0.1, 0.2])  # nothing to pair
+    heads, columns, grpo, actfocus, placebo = compare.table("shop", 3e-4, logs, 0.5).splitlines()
+    assert heads == "shop, lr 0.0003"
+    assert columns.split()[:7] == ["seeds", *MEASURES]
+    assert grpo.split() == ["grpo", "3", "40.0", "40.0", "0.0", "25.0", "0.0", "2.0"]
+    assert actfocus.split()[:3] == ["actfocus", "3", "45.0"]
+    # gains -5, +5, +15: mean 5, half width 4.303 * 10 / sqrt(3)
+    assert "+5.0 ± 24.8, 2/3" in actfocus
+    assert placebo.split() == ["placebo", "1", "20.0", "20.0", "0.0", "15.0", "0.0", "never"]
+
+
+FAKE_TRAINER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from dataclasses import asdict
+from config import parse
+from report import log
+from train_ppo import PPOConfig
+config = parse(PPOConfig, "")
+config.resolve()
+if config.arms == "placebo":
+    raise SystemExit("the placebo is out")
+out = Path(config.out)
+(out / "config.json").write_text(json.dumps(asdict(config)))
+for iteration in range(3):
+    row = dict(iteration=iteration, eval_success=0.1, train_success=0.2)
+    log(out / (config.arms + ".csv"), row)
+"""
+
+
+@pytest.fixture
+def fake_trainer(tmp_path, monkeypatch):
+    path = tmp_path / "trainer.py"
+    path.write_text(FAKE_TRAINER.format(root=str(ROOT)))
+    monkeypatch.setattr(compare, "TRAINER", path)
+
+
+def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_trainer, capsys):
+    out = tmp_path / "out"
+    flags = ["--arms", "grpo", "placebo", "actfocus", "--seeds", "3", "--jobs", "2"]
+    flags += ["--out", str(out), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="1 of 3 cells failed"):
+        compare.main(flags)
+    said = capsys.readouterr()
+    assert "failed: " in said.out + said.err and "the placebo is out" in said.out + said.err
+    assert sorted(path.name for path in (out / "frozenlake").iterdir()) == [
+        "actfocus-seed3", "grpo-seed3", "placebo-seed3.partial",
+    ]  # fmt: skip
+    with (out / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == ["grpo"] * 3 + ["actfocus"] * 3
+    names = ("env", "seed", "lr", "alpha", "beta", "signal", "iteration", "eval_success")
+    last = [rows[-1][name] for name in names]
+    assert last == ["frozenlake", "3", "0.0003", "0.1", "0.5", "energy", "2", "0.1"]
+    # a second seed is added to what is there, and other flags are refused
+    before = (out / "frozenlake" / "grpo-seed3" / "config.json").stat().st_mtime_ns
+    flags[1:6] = ["grpo", "actfocus", "--seeds", "3-4"]
+    compare.main(flags)
+    assert "4 cells, 2 of them done before" in capsys.readouterr().out
+    assert (out / "frozenlake" / "grpo-seed3" / "config.json").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="run with iterations 10, not 12"):
+        compare.main([*flags, "--iterations", "12"])
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("--seed 3", "say --seeds"),
+        ("--arms grpo grpo", "names something twice"),
+        ("--seeds 5-4", "a range such as"),
+        ("--seeds x", "invalid"),
+        ("--jobs 0", "--jobs must be at least 1"),
+        ("--iterations 0", "--iterations is 0"),
+        ("--env nowhere", "no environment 'nowhere'"),
+        ("--no-such-flag 3", "unrecognized arguments"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(flags, reason, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([*flags.split(), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_comparison(tiny_folder, tmp_path):
+    """The script as users call it: a critic's arm beside GRPO, two seeds, two at a time; then
+    a cell that was killed is run again and gives the same."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "compare.py"), *SMALL.split(), "--out", str(out)]
+    command += ["--model", str(tiny_folder), "--lr", "1e-3", "--jobs", "2", "--seeds", "0-1"]
+    command += ["--arms", "grpo", "ppo-actfocus"]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "frozenlake, lr 0.001" in done.stdout and "ppo-actfocus       2" in done.stdout
+    assert (out / "table.txt").read_text().strip() in done.stdout
+    assert (out / "compare.png").stat().st_size > 20_000
+    cell = out / "frozenlake" / "ppo-actfocus-lr0.001-seed1"
+    assert json.loads((cell / "config.json").read_text())["lr"] == 1e-3
+    whole = (out / "compare.csv").read_text()
+    assert len(whole.splitlines()) == 1 + 4 * 3
+    cell.rename(cell.with_name(f"{cell.name}.partial"))  # as a killed run leaves it
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "4 cells, 3 of them done before" in done.stdout and cell.exists()
+
+    def without_times(text):
+        rows = csv.DictReader(text.splitlines())
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+    assert without_times((out / "compare.csv").read_text()) == without_times(whole)
