@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -130,21 +131,26 @@ def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Ce
     """Run cells, several at a time. Returns those that failed."""
     threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}  # else they slow each other down tenfold
     environment = {**os.environ, **threads}
-    failed = []
+    failed, processes = [], []
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run_cell, cell, rest, out, environment): cell for cell in cells}
+        shared = (rest, out, environment, processes)
+        running = {pool.submit(run_cell, cell, *shared): cell for cell in cells}
         try:
             for future in tqdm(as_completed(running), "cells", len(cells), dynamic_ncols=True):
                 if problem := future.result():
                     failed.append(running[future])
                     tqdm.write(f"failed: {running[future].folder(out)}: {problem}")
-        except KeyboardInterrupt:  # what runs hears it too; what waits shall not start
-            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
             raise SystemExit("interrupted; the same command goes on") from None
     return failed
 
 
-def run_cell(cell: Cell, rest: list[str], out: Path, environment: dict[str, str]) -> str:
+def run_cell(
+    cell: Cell, rest: list[str], out: Path, environment: dict[str, str], processes: list
+) -> str:
     """Run one cell in a folder that gets its name when all is done. Returns what went wrong."""
     folder = cell.folder(out)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -152,7 +158,9 @@ def run_cell(cell: Cell, rest: list[str], out: Path, environment: dict[str, str]
     partial.mkdir(parents=True)
     command = [sys.executable, str(TRAINER), *cell.flags(rest), "--out", str(partial)]
     with (partial / "output.txt").open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        processes.append(process)
+        code = process.wait()
     said = (partial / "output.txt").read_text(encoding="utf-8").strip()
     if code:
         return f"{said.splitlines()[-1] if said else f'exit code {code}'} ({partial}/output.txt)"
@@ -234,4 +242,5 @@ def draw(worlds: dict[tuple[str, float], Logs], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is as an interruption
     main()

@@ -390,7 +390,7 @@ KINDS = ("shirt", "coat", "scarf", "hat", "bag", "rug")
 COLOURS = ("red", "blue", "green", "black", "white")
 MATERIALS = ("cotton", "wool", "linen", "silk")
 SIZES = ("S", "M", "L")
-RESULTS = 3  # of a search
+PLACES = ("first", "second", "third")  # of what a search found
 
 
 class Item(NamedTuple):
@@ -416,9 +416,9 @@ class Shop(World):
     sayings = """A title has a colour and a kind. I cannot see the material before I open an item.
         Sizes are shown only inside. A cheap item is no use if it does not fit. The price must stay
         in the budget. I can buy only once. Searching by both words gives the best list. Several
-        items share a title. Opening an item costs a turn. I should not buy the first thing that I
-        see. All wishes have to be met. What fails on one point is out. The list is short, so I read
-        it all. If nothing fits, another search is needed."""
+        items share a title. Opening an item costs a turn. I should not buy blindly. All wishes have
+        to be met. What fails on one point is out. The list is short, so I read it all. If nothing
+        fits, another search is needed."""
 
     def __init__(self, items: int = 30, turns: int = 8, thoughts: int = 4):
         super().__init__(limit=turns, thoughts=thoughts)
@@ -432,8 +432,8 @@ class Shop(World):
             tool_schema("buy", "Buy an item and leave.", {"item": text, "size": size}),
         ]
         self.system = (
-            f"You shop. A title is a colour and a kind. A search lists up to {RESULTS} items by "
-            "code, title and price; opening an item shows its material and sizes. Buy once, in "
+            f"You shop. A title is a colour and a kind. A search lists at most {len(PLACES)} items "
+            "by code, title and price; opening an item shows its material and sizes. Buy once, in "
             f"{turns} turns: the reward is 1 if title, material, size and price all are as wanted, "
             f"else half of the share of these four that are. {self.rules}"
         )
@@ -446,7 +446,8 @@ class Shop(World):
         self.size = rng.choice(SIZES)
         self.budget = rng.randrange(30, 80, 10)
         others = [title for title in titles if title != self.title]
-        names = [self.title] * RESULTS + [rng.choice(others) for _ in range(self.items - RESULTS)]
+        same = [self.title] * len(PLACES)
+        names = same + [rng.choice(others) for _ in range(self.items - len(same))]
         codes = [f"{letter}{digit}" for letter in COLUMNS for digit in range(1, 10)]
         stock = []
         for code, title in zip(rng.sample(codes, self.items), names, strict=True):
@@ -482,8 +483,9 @@ class Shop(World):
         wish = f"{want} a {self.title} of {self.material}, size {self.size}, up to {self.budget}."
         if not self.results:
             return [wish, "The list is empty."]
-        verdicts = ", ".join(f"{code} {verdict}" for code, verdict in self._verdicts().items())
-        return [wish, f"{rng.choice(['Of these', 'Here'])} {verdicts}."]
+        verdicts = zip(PLACES, self._verdicts().items(), strict=False)
+        said = ", ".join(f"{place} {code} {verdict}" for place, (code, verdict) in verdicts)
+        return [wish, f"{rng.choice(['Of these', 'Here'])} {said}."]
 
     def _verdicts(self) -> dict[str, str]:
         """What is known of every item of the list, by code: "fits", "may fit" while it is not open,
@@ -529,7 +531,7 @@ class Shop(World):
         words = set(re.findall(r"[a-z]+", query.lower()))
         found = {item: len(words & set(item.title.split())) for item in self.stock.values()}
         ranked = sorted(found, key=lambda item: (-found[item], item.code))
-        self.results = [item for item in ranked if found[item]][:RESULTS]
+        self.results = [item for item in ranked if found[item]][: len(PLACES)]
         if not self.results:
             return Effect("No title has any of these words.")
         return Effect(f"Found {len(self.results)}.")
@@ -545,9 +547,9 @@ class Shop(World):
 
     def _show(self) -> list[str]:
         lines = []
-        for item in self.results:
+        for place, item in zip(PLACES, self.results, strict=False):
             inside = f" {item.material} {' '.join(item.sizes)}" if item.code in self.opened else ""
-            lines.append(f"- {item.code} {item.title} ${item.price}{inside}")
+            lines.append(f"- {place} {item.code} {item.title} ${item.price}{inside}")
         wanted = f"{self.title}, {self.material}, size {self.size}, at most ${self.budget}"
         return [*lines, f"Wanted: {wanted}. Turns left {self.turns_left}"]
 

@@ -4,8 +4,11 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +125,25 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_train
     assert (out / "frozenlake" / "grpo-seed3" / "config.json").stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="run with iterations 10, not 12"):
         compare.main([*flags, "--iterations", "12"])
+
+
+def test_an_interruption_ends_the_cells_and_starts_no_more(tmp_path, monkeypatch):
+    trainer, out = tmp_path / "trainer.py", tmp_path / "out"
+    trainer.write_text("import sys, time; print('going', flush=True); time.sleep(100)")
+    monkeypatch.setattr(compare, "TRAINER", trainer)
+    said = out / "frozenlake" / "grpo-seed0.partial" / "output.txt"
+
+    def interrupt():
+        while not (said.exists() and said.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    began = time.monotonic()
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        compare.main(["--seeds", "0-3", "--out", str(out), "--device", "cpu"])
+    assert time.monotonic() - began < 50
+    assert [path.name for path in (out / "frozenlake").iterdir()] == ["grpo-seed0.partial"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from envs import (
     write_turn,
 )
 from segment import Segment, segment_turn
-from worlds import ENVIRONMENTS, RESULTS, SIZES, SUDOKU_CELLS, make_env
+from worlds import ENVIRONMENTS, PLACES, SIZES, SUDOKU_CELLS, make_env
 
 
 def lake(seed=0, **options):
@@ -833,7 +833,7 @@ def test_every_shop_has_what_is_wanted_and_its_text_is_true():
         stock = env.stock.values()
         assert len(stock) == env.items
         titled = [item for item in stock if item.title == env.title]
-        assert len(titled) == RESULTS
+        assert len(titled) == len(PLACES)
         fitting = [item for item in titled if item.material == env.material]
         assert any(env.size in item.sizes and item.price <= env.budget for item in fitting)
         wanted = f"{env.title}, {env.material}, size {env.size}, at most ${env.budget}"
@@ -841,9 +841,10 @@ def test_every_shop_has_what_is_wanted_and_its_text_is_true():
             lines = shown.splitlines()
             assert lines[-1] == f"Wanted: {wanted}. Turns left {env.turns_left}"
             listed = [line for line in lines if line.startswith("- ")]
-            assert len(listed) == len(env.results) <= RESULTS
+            assert len(listed) == len(env.results) <= len(PLACES)
             for line in listed:
-                _, code, colour, kind, price, *inside = line.split()
+                _, place, code, colour, kind, price, *inside = line.split()
+                assert place == PLACES[listed.index(line)]
                 item = env.stock[code]
                 assert (f"{colour} {kind}", price) == (item.title, f"${item.price}")
                 assert inside == ([item.material, *item.sizes] if code in env.opened else [])
@@ -858,7 +859,7 @@ def test_shop_searches_rank_by_words_of_the_title():
         env.reset(seed)
         colour, kind = env.title.split()
         env.step(act("search", query=f"Some {kind}, {colour.upper()}!"))
-        assert [item.title for item in env.results] == [env.title] * RESULTS  # both words first
+        assert [item.title for item in env.results] == [env.title] * len(PLACES)  # both words first
         env.step(act("search", query=colour))
         assert all(colour in item.title for item in env.results)
         assert env.results == sorted(env.results)
