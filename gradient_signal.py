@@ -47,7 +47,7 @@ actfocus = ARMS["actfocus"]
 WEIGHTINGS = {  # the first is what the others are compared with
     "grpo": replace(ARMS["grpo"], label="GRPO: all tokens alike"),
     "discount": replace(ARMS["discount"], label="ActFocus, beta 0"),
-    "actfocus": replace(actfocus, label="ActFocus"),
+    "actfocus": replace(actfocus, label="ActFocus (alpha 0.1, beta 0.5)"),
     "actfocus-beta2": replace(actfocus, beta=2.0, label="ActFocus, beta 2"),
     "no-reasoning": replace(actfocus, alpha=0.0, beta=0.0, label="alpha 0, beta 0"),
     "energy": replace(ARMS["energy"], label="ActFocus, alpha 1"),
