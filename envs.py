@@ -130,8 +130,8 @@ def check_facts(reply: str, truths: dict[str, set[str]]) -> tuple[int, int]:
     """
     thought = reply.partition("<tool_call>")[0].partition("<think>")[2].partition("</think>")[0]
     verdicts = []
-    for pattern, truth in truths.items():
-        verdicts += [said in truth for said in re.findall(pattern, thought)]
+    for pattern, truth in truths.items():  # no thought is that long: a bound on untrusted text
+        verdicts += [said in truth for said in re.findall(pattern, thought[:10_000])]
     return len(verdicts), sum(verdicts)
 
 

@@ -316,8 +316,8 @@ class Sudoku(World):
 
     def _truths(self) -> dict[str, set[str]]:
         truths = {
-            r"(\d+) cells are empty": {str(16 - len(self.board))},
-            r"(\d+) steps are left": {str(self.turns_left)},
+            r"\b(\d+) cells are empty": {str(16 - len(self.board))},
+            r"\b(\d+) steps are left": {str(self.turns_left)},
         }
         for cell in SUDOKU_CELLS:
             name = cell_name(cell)

@@ -166,28 +166,33 @@ def test_what_cannot_run_is_refused_before_anything_runs(flags, reason, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_real_comparison(tiny_folder, tmp_path):
-    """The script as users call it: a critic's arm beside GRPO, two seeds, two at a time; then
-    a cell that was killed is run again and gives the same."""
+def test_a_real_comparison(tiny_folder, tmp_path, capsys):
+    """Real runs: a critic's arm beside GRPO, two seeds, two at a time; then a cell that was killed
+    is run again and gives the same."""
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "compare.py"), *SMALL.split(), "--out", str(out)]
-    command += ["--model", str(tiny_folder), "--lr", "1e-3", "--jobs", "2", "--seeds", "0-1"]
-    command += ["--arms", "grpo", "ppo-actfocus"]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "frozenlake, lr 0.001" in done.stdout and "ppo-actfocus       2" in done.stdout
-    assert (out / "table.txt").read_text().strip() in done.stdout
+    flags = [*SMALL.split(), "--model", str(tiny_folder), "--lr", "1e-3", "--out", str(out)]
+    flags += ["--jobs", "2", "--seeds", "0-1", "--arms", "grpo", "ppo-actfocus"]
+    compare.main(flags)
+    said = capsys.readouterr().out
+    assert "frozenlake, lr 0.001" in said and "ppo-actfocus       2" in said
+    assert (out / "table.txt").read_text().strip() in said
     assert (out / "compare.png").stat().st_size > 20_000
     cell = out / "frozenlake" / "ppo-actfocus-lr0.001-seed1"
     assert json.loads((cell / "config.json").read_text())["lr"] == 1e-3
     whole = (out / "compare.csv").read_text()
     assert len(whole.splitlines()) == 1 + 4 * 3
     cell.rename(cell.with_name(f"{cell.name}.partial"))  # as a killed run leaves it
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "4 cells, 3 of them done before" in done.stdout and cell.exists()
+    compare.main(flags)
+    assert "4 cells, 3 of them done before" in capsys.readouterr().out and cell.exists()
 
     def without_times(text):
         rows = csv.DictReader(text.splitlines())
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
     assert without_times((out / "compare.csv").read_text()) == without_times(whole)
+
+
+def test_the_script_says_what_it_takes():
+    script = [sys.executable, str(ROOT / "compare.py"), "--help"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0 and "--threshold" in done.stdout

@@ -34,6 +34,12 @@ def played(built_in):
     return rollouts, frozen
 
 
+@pytest.fixture(scope="module")
+def block(built_in, played):
+    rollouts, frozen = played
+    return gs.measure_block(built_in, rollouts, frozen, frozen.logprob, Settings())
+
+
 def written_gradient(policy, rollouts, frozen, arm):
     """Of the loss of a whole batch under an arm's weights, as a single expression."""
     response = rollouts.response
@@ -50,9 +56,8 @@ def written_gradient(policy, rollouts, frozen, arm):
 
 
 @pytest.mark.parametrize("name", ["grpo", "discount", "actfocus", "energy", "no-reasoning"])
-def test_a_mixture_of_parts_is_the_gradient_of_the_weighted_loss(built_in, played, name):
+def test_a_mixture_of_parts_is_the_gradient_of_the_weighted_loss(built_in, played, block, name):
     rollouts, frozen = played
-    block = gs.measure_block(built_in, rollouts, frozen, frozen.logprob, Settings())
     arm = gs.WEIGHTINGS[name]
     mixed = block.gradient(gs.mixture(arm))
     written = written_gradient(built_in, rollouts, frozen, arm)
