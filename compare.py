@@ -217,13 +217,13 @@ def table(env: str, lr: float, arms: Logs, threshold: float) -> str:
 
 
 def draw(worlds: dict[tuple[str, float], Logs], path: Path) -> None:
-    """A row a world and rate: evaluation and training success, and both less the first arm's."""
-    figure = Figure(figsize=(16, 3.8 * len(worlds)), layout="constrained")
-    rows = figure.subplots(len(worlds), 4, squeeze=False)
-    for panels, ((env, lr), arms) in zip(rows, worlds.items(), strict=True):
+    """Of each world and rate evaluation and training success; below, both less the first arm's."""
+    figure = Figure(figsize=(12, 7 * len(worlds)), layout="constrained")
+    panels = figure.subplots(2 * len(worlds), 2, squeeze=False)
+    for i, ((env, lr), arms) in enumerate(worlds.items()):
         first = next(iter(arms))
-        kinds = itertools.product(("eval_success", "train_success"), (False, True))
-        for axes, (name, paired) in zip(panels, kinds, strict=True):
+        kinds = itertools.product((False, True), ("eval_success", "train_success"))
+        for axes, (paired, name) in zip(panels[2 * i : 2 * i + 2].flat, kinds, strict=True):
             for arm, logs in arms.items():
                 runs = {seed: column(log, name) for seed, log in logs.items()}
                 if paired:
@@ -233,10 +233,11 @@ def draw(worlds: dict[tuple[str, float], Logs], path: Path) -> None:
                 draw_seeds(axes, ARMS[arm], list(runs.values()))
             what = f"less {ARMS[first].label}, seed by seed" if paired else f"{env}, lr {lr:g}"
             axes.set(title=f"{PANELS[name][0]}\n{what}", xlabel="training iterations")
-            axes.set(ylabel="difference" if paired else "success rate")
+            axes.set(ylabel="difference of success rates" if paired else "success rate")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.axhline(0, color="black", linewidth=0.8)
             axes.grid(alpha=0.3)
-    handles, labels = rows[0, 0].get_legend_handles_labels()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     figure.savefig(path, dpi=110)
 

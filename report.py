@@ -230,10 +230,10 @@ def draw_seeds(axes: Axes, arm: Arm, runs: list) -> None:
     x, color = runs[0][0], arm.color
     values = np.array([values for _, values in runs])  # (seeds, iterations)
     mean, half = values.mean(0), np.array([t_interval(each) for each in values.T])
-    axes.plot(x, values.T, color=color, linewidth=0.7, alpha=0.3)
+    axes.plot(x, values.T, color=color, linewidth=0.7, alpha=0.4)
     axes.plot(x, mean, color=color, linewidth=2, label=arm.label)
     if len(runs) > 1:
-        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.12)
+        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.08)
 
 
 # ------------------------------------------------------------------------------------ measurements

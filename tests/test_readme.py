@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +19,10 @@ from actfocus import (
     group_advantages,
     reweight_advantages,
 )
+from arms import ARMS
 from energy import token_energy
 from envs import Step, read_call, tool_schema, write_turn
-from report import COLUMNS, column
+from report import COLUMNS, measures, t_interval
 from rollout import rollout
 from segment import Segment, segment_batch
 from worlds import ENVIRONMENTS, make_env
@@ -143,10 +145,11 @@ def test_commands_of_the_pages_exist():
             assert (ROOT / script).exists(), (page.name, script)
             if "/" not in script and script not in ("bench.py", "warm_start.py"):
                 source = (ROOT / script).read_text()
-                if script.startswith("train"):
+                if script.startswith(("train", "compare")):
                     source += (ROOT / "config.py").read_text()  # the flags that trainers share
                 for flag in re.findall(r"--([a-z-]+)", flags):
-                    assert f"{flag.replace('-', '_')}:" in source or flag == "help", (script, flag)
+                    known = f"{flag.replace('-', '_')}:" in source or f'"--{flag}"' in source
+                    assert known or flag == "help", (script, flag)
 
 
 # ---------------------------------------------------------------------------------------- the house
@@ -182,33 +185,30 @@ def test_the_reading_path_stays_short():
 
 
 # -------------------------------------------------------------------------------------- its figures
-def figures(folder: Path, arm: str) -> list[float]:
-    """Evaluation success before and after, their difference, mean of training, all in %."""
-    success = column(folder / f"{arm}.csv", "eval_success")[1]
-    training = column(folder / f"{arm}.csv", "train_success")[1]
-    values = success[0], success[-1], success[-1] - success[0], sum(training) / len(training)
-    return [100 * value for value in values]
+COMPARED = ("grpo", "actfocus", "ppo", "ppo-actfocus", "placebo")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_table_of_the_readme_is_that_of_the_logs(seed):
-    folder = ROOT / "results" / "frozenlake" / f"seed{seed}"
-    start, grpo, gain, mean = figures(folder, "grpo")
-    same, focus, focus_gain, focus_mean = figures(folder, "actfocus")
-    assert same == start
-    row = f"| `--seed {seed}` | {start:.1f} % | {grpo:.1f} % ({gain:+.1f}) | "
-    row += f"{focus:.1f} % ({focus_gain:+.1f}) | {mean:.1f} % | {focus_mean:.1f} % |"
-    assert row in README
-    assert gain >= 10 and focus_gain >= 10  # both arms learn
-
-
-def test_logs_of_the_default_runs_have_todays_columns():
-    """In their order, but for the ones that came after these runs."""
-    later = {"eval_stderr", "gradient_agreement", "advantage_mean", "advantage_std"}
-    later |= {"value_loss", "explained_variance"}
-    for path in sorted((ROOT / "results" / "frozenlake").glob("seed*/*.csv")):
-        header = path.read_text().splitlines()[0]
-        assert header.split(",") == [name for name in COLUMNS if name not in later], path
+def test_the_table_of_the_readme_is_that_of_the_logs():
+    """An arm a row: means over three seeds, and differences to GRPO's of the same seed."""
+    found = {}
+    for arm in COMPARED:
+        folder = ROOT / "results" / "compare" / "frozenlake"
+        logs = [folder / f"{arm}-seed{seed}" / f"{arm}.csv" for seed in range(3)]
+        found[arm] = [measures(log, threshold=0.5) for log in logs]
+        for log in logs:
+            assert log.read_text().splitlines()[0].split(",") == list(COLUMNS)
+    for arm, runs in found.items():
+        cells = [ARMS[arm].label]
+        for name in ("final", "training"):
+            cells.append(f"{np.mean([run[name] for run in runs]):.1f} %")
+        for name in ("final", "training"):
+            gains = [
+                run[name] - other[name] for run, other in zip(runs, found["grpo"], strict=True)
+            ]
+            cells.append(
+                "" if arm == "grpo" else f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f}"
+            )
+        assert re.sub(" +", " ", f"| {' | '.join(cells)} |") in README, cells
 
 
 def test_the_notebook_lists_every_run(capsys):
