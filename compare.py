@@ -6,8 +6,8 @@
 Each cell is an ordinary run of train_ppo.py with one arm, in a process and a folder of its own; any
 flag that is not listed here is handed to it (--iterations 40 --prompts 16). Cells that are done are
 not run again, so the same command goes on after an interruption, or with more seeds. The first arm
-is the baseline: arms meet the same prompts with the same seeds, so differences are taken seed by
-seed. --out holds the cells, compare.csv (all logs, tidy), table.txt, table.csv and compare.png.
+is the baseline: with a seed, all arms meet the same prompts, so differences are taken by seed.
+--out gets the cells and, of those asked for, compare.csv (all logs), table.txt and compare.png.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     failed = run_all(todo, rest, args.out, args.jobs)
     done = [cell for cell in cells if cell.folder(args.out).exists()]
     if done:
-        done.sort(key=lambda cell: args.arms.index(cell.arm))  # the baseline first
-        report(done, args.out, args.threshold)
+        done.sort(key=lambda cell: args.arms.index(cell.arm))
+        report(done, args.out, args.arms[0], args.threshold)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(cells)} cells failed: say it again to try again")
 
@@ -104,10 +104,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def seed_range(text: str) -> range:
-    """
-    >>> list(seed_range("0-3")), list(seed_range("7"))
-    ([0, 1, 2, 3], [7])
-    """
+    """From "0-3" or "7"."""
     first, _, last = text.partition("-")
     return range(int(first), int(last or first) + 1)
 
@@ -118,6 +115,8 @@ def finished(cell: Cell, config: PPOConfig, out: Path) -> bool:
     folder = cell.folder(out)
     if not folder.exists():
         return False
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{folder} is not a run: remove it, or choose another --out")
     config.resolve()
     before = json.loads((folder / "config.json").read_text())
     for name, value in asdict(config).items():
@@ -130,10 +129,9 @@ def finished(cell: Cell, config: PPOConfig, out: Path) -> bool:
 def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Cell]:
     """Run cells, several at a time. Returns those that failed."""
     threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}  # else they slow each other down tenfold
-    environment = {**os.environ, **threads}
     failed, processes = [], []
     with ThreadPoolExecutor(jobs) as pool:
-        shared = (rest, out, environment, processes)
+        shared = (rest, out, os.environ | threads, processes)
         running = {pool.submit(run_cell, cell, *shared): cell for cell in cells}
         try:
             for future in tqdm(as_completed(running), "cells", len(cells), dynamic_ncols=True):
@@ -148,9 +146,7 @@ def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Ce
     return failed
 
 
-def run_cell(
-    cell: Cell, rest: list[str], out: Path, environment: dict[str, str], processes: list
-) -> str:
+def run_cell(cell: Cell, rest: list[str], out: Path, environ: dict, processes: list) -> str:
     """Run one cell in a folder that gets its name when all is done. Returns what went wrong."""
     folder = cell.folder(out)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -158,7 +154,7 @@ def run_cell(
     partial.mkdir(parents=True)
     command = [sys.executable, str(TRAINER), *cell.flags(rest), "--out", str(partial)]
     with (partial / "output.txt").open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=environ, stdout=file, stderr=file)
         processes.append(process)
         code = process.wait()
     said = (partial / "output.txt").read_text(encoding="utf-8").strip()
@@ -172,7 +168,7 @@ def run_cell(
 Logs = dict[str, dict[int, Path]]  # by arm, by seed
 
 
-def report(cells: list[Cell], out: Path, threshold: float) -> None:
+def report(cells: list[Cell], out: Path, baseline: str, threshold: float) -> None:
     """Write compare.csv, the table and the picture."""
     worlds: dict[tuple[str, float], Logs] = {}  # by env and learning rate
     setting = ["env", "arm", "seed", "lr", "alpha", "beta", "signal"]
@@ -188,25 +184,29 @@ def report(cells: list[Cell], out: Path, threshold: float) -> None:
                     writer.writerow({name: values[name] for name in setting} | row)
             arms = worlds.setdefault((cell.env, config.lr), {})
             arms.setdefault(cell.arm, {})[cell.seed] = log
-    text = "\n\n".join(table(*key, arms, threshold) for key, arms in worlds.items())
+    tables = [table(*key, arms, baseline, threshold) for key, arms in worlds.items()]
+    text = "\n\n".join(tables)
     (out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
-    draw(worlds, out / "compare.png")
+    draw(worlds, baseline, out / "compare.png")
     print(text, f"\n{out} has compare.csv, table.txt and compare.png")
 
 
-def table(env: str, lr: float, arms: Logs, threshold: float) -> str:
-    """An arm a line: means over seeds, and what sets it apart from the first arm, seed by seed."""
-    found, baseline = {}, next(iter(arms))
+def table(env: str, lr: float, arms: Logs, baseline: str, threshold: float) -> str:
+    """An arm a line: means over seeds (`reach`: of as many seeds as reach the threshold), and what
+    sets it apart from the baseline seed by seed, with its 95 % interval and the seeds won."""
+    found = {baseline: {}}
     for arm, logs in arms.items():
         found[arm] = {seed: measures(log, threshold) for seed, log in logs.items()}
     gains = "".join(f"{f'{name} less {baseline}':>26}" for name in PAIRED)
     names = "".join(f"{name:>9}" for name in MEASURES)
     lines = [f"{env}, lr {lr:g}", f"{'':14}{'seeds':>6}{names}{gains}"]
-    for arm, runs in found.items():
+    for arm in arms:
+        runs = found[arm]
         line = f"{arm:14}{len(runs):>6}"
         for name in MEASURES:
             values = [run[name] for run in runs.values() if run[name] < np.inf]
-            line += f"{np.mean(values):>9.1f}" if values else f"{'never':>9}"
+            few = f" ({len(values)})" if len(values) < len(runs) else ""
+            line += f"{f'{np.mean(values):.1f}' + few if values else 'never':>9}"
         both = runs.keys() & found[baseline].keys()
         for name in PAIRED if both and arm != baseline else ():
             gain = [runs[seed][name] - found[baseline][seed][name] for seed in both]
@@ -216,24 +216,25 @@ def table(env: str, lr: float, arms: Logs, threshold: float) -> str:
     return "\n".join(lines)
 
 
-def draw(worlds: dict[tuple[str, float], Logs], path: Path) -> None:
-    """Of each world and rate evaluation and training success; below, both less the first arm's."""
+def draw(worlds: dict[tuple[str, float], Logs], baseline: str, path: Path) -> None:
+    """Of each world and rate evaluation and training success; below, both less the baseline's."""
     figure = Figure(figsize=(12, 7 * len(worlds)), layout="constrained")
     panels = figure.subplots(2 * len(worlds), 2, squeeze=False)
     for i, ((env, lr), arms) in enumerate(worlds.items()):
-        first = next(iter(arms))
         kinds = itertools.product((False, True), ("eval_success", "train_success"))
         for axes, (paired, name) in zip(panels[2 * i : 2 * i + 2].flat, kinds, strict=True):
             for arm, logs in arms.items():
                 runs = {seed: column(log, name) for seed, log in logs.items()}
                 if paired:
-                    others = {seed: column(log, name)[1] for seed, log in arms[first].items()}
-                    both = runs.keys() & others.keys() if arm != first else ()
-                    runs = {i: (runs[i][0], np.subtract(runs[i][1], others[i])) for i in both}
+                    other = arms.get(baseline, {}) if arm != baseline else {}
+                    both = runs.keys() & other.keys()
+                    less = {seed: np.negative(column(other[seed], name)[1]) for seed in both}
+                    runs = {seed: (runs[seed][0], runs[seed][1] + less[seed]) for seed in both}
                 draw_seeds(axes, ARMS[arm], list(runs.values()))
-            what = f"less {ARMS[first].label}, seed by seed" if paired else f"{env}, lr {lr:g}"
+            what = f"less {ARMS[baseline].label}'s, seed by seed" if paired else f"{env}, lr {lr:g}"
             axes.set(title=f"{PANELS[name][0]}\n{what}", xlabel="training iterations")
-            axes.set(ylabel="difference of success rates" if paired else "success rate")
+            axes.set_ylabel("difference of success rates" if paired else "success rate")
+            axes.set_ylim(None if paired else (0, 1))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.axhline(0, color="black", linewidth=0.8)
             axes.grid(alpha=0.3)

@@ -32,7 +32,9 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
     """A config from the command line. Wrong values are refused here, before anything runs: by their
     bounds, and by the config's own `check`."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     if issubclass(config_class, Config):
         columns = "\n".join(f"  {name:24}{text}" for name, text in COLUMNS.items())

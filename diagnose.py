@@ -34,7 +34,14 @@ from actfocus import actfocus_weights
 from arms import SIGNALS, token_signals, turn_numbers
 from config import DEVICE, option, parse
 from energy import TokenStats
-from gradient_signal import PROMPTS_PER_BLOCK, Block, draw_signal, measure_block, signal_rows
+from gradient_signal import (
+    PROMPTS_PER_BLOCK,
+    Block,
+    block_size,
+    draw_signal,
+    measure_blocks,
+    signal_rows,
+)
 from gradient_signal import summary as signal_summary
 from policy import Policy, load_policy
 from report import logs, write_rows
@@ -119,9 +126,10 @@ def diagnose(config: DiagnoseConfig) -> None:
         if policy is not reference:
             player = score(policy, rollouts, rollouts.response, config)
         if len(blocks) < wanted:
-            blocks += measure_blocks(policy, rollouts, frozen, player.logprob, config)
+            most = wanted - len(blocks)
+            blocks += measure_blocks(policy, rollouts, frozen, player.logprob, config, most)
             if len(blocks) >= wanted:
-                report_signal(out, blocks[:wanted], config)
+                report_signal(out, blocks, config)
         if not groups:  # pictures of tokens come from the first batch
             draw_weights(out, policy, rollouts, frozen, config)
         groups += measure(rollouts, frozen, player.logprob, prompts, config.group_size)
@@ -130,26 +138,6 @@ def diagnose(config: DiagnoseConfig) -> None:
     write_rows(out / "correlations.csv", [result._asdict() for result in table])
     draw_bottleneck(out / "bottleneck.png", groups, table, config)
     print(summary(groups, table), f"pictures and tables are in {out}", sep="\n")
-
-
-def measure_blocks(
-    policy: Policy, rollouts: Rollouts, frozen: TokenStats, logprob: Tensor, config: DiagnoseConfig
-) -> list[Block]:
-    """The gradients of rollouts, PROMPTS_PER_BLOCK whole groups at a time; what is left over is
-    left out. logprob: (B, T), of the policy that played."""
-    blocks = []
-    rows = torch.arange(len(rollouts.ids), device=policy.device)
-    for some in tqdm(rows.split(block_size(config)), desc="gradients", unit="block", leave=False):
-        if len(some) == block_size(config):
-            stats = TokenStats(*(values[some] for values in frozen))
-            block = measure_block(policy, rollouts.take(some), stats, logprob[some], config)
-            blocks.append(block)
-    return blocks
-
-
-def block_size(config: DiagnoseConfig) -> int:
-    """Rollouts in a block."""
-    return PROMPTS_PER_BLOCK * config.group_size
 
 
 def report_signal(out: Path, blocks: list[Block], config: DiagnoseConfig) -> None:

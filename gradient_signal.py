@@ -27,6 +27,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from actfocus import actfocus_weights, group_advantages
 from arms import ARMS, SIGNALS, Arm, scatter_weights, token_signals
@@ -62,7 +63,8 @@ WEIGHTINGS = {  # the first is what the others are compared with
 # ------------------------------------------------------------------------- gradients of the parts
 def token_parts(rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor) -> dict[str, Tensor]:
     """What every weighting is a sum of, each (B, T): masks of the three classes; for each signal
-    the sigmoid that beta multiplies, at action tokens; and the weights of the placebo."""
+    the sigmoid that beta multiplies, at action tokens; and the weights of the placebo. Mean and
+    deviation of a signal are of these rollouts, a block; in training, of the whole iteration."""
     response = rollouts.response
     reasoning = rollouts.labels == Segment.REASONING
     action = rollouts.labels == Segment.ACTION
@@ -84,8 +86,10 @@ def mixture(arm: Arm) -> dict[str, float]:
     >>> mixture(ARMS["actfocus"])
     {'reasoning': 0.1, 'action': 1.0, 'format': 1.0, 'energy': 0.5}
     """
-    if arm.change is not None:
+    if arm.change is scatter_weights:
         return {"placebo": 1.0}
+    if arm.change is not None:
+        raise ValueError(f"{arm.label}: of the controls only the placebo is a part here")
     shares = {"reasoning": arm.alpha, "action": 1.0, "format": 1.0}
     return shares | ({arm.signal: arm.beta} if arm.beta else {})
 
@@ -101,6 +105,27 @@ class Block(NamedTuple):
         total = sum(share * self.totals[part] for part, share in shares.items())
         gradient = sum(share * self.gradients[part].double() for part, share in shares.items())
         return gradient / (total or 1.0)
+
+
+def measure_blocks(
+    policy: Policy, rollouts: Rollouts, frozen: TokenStats, logprob: Tensor,
+    config, most: int,
+) -> list[Block]:  # fmt: skip
+    """The gradients of at most so many blocks of rollouts, PROMPTS_PER_BLOCK whole groups each.
+    logprob: (B, T), of the policy that played."""
+    blocks = []
+    rows = torch.arange(len(rollouts.ids), device=policy.device)[: most * block_size(config)]
+    for some in tqdm(rows.split(block_size(config)), desc="gradients", unit="block", leave=False):
+        if len(some) == block_size(config):
+            stats = TokenStats(*(values[some] for values in frozen))
+            block = measure_block(policy, rollouts.take(some), stats, logprob[some], config)
+            blocks.append(block)
+    return blocks
+
+
+def block_size(config) -> int:
+    """Rollouts in a block."""
+    return PROMPTS_PER_BLOCK * config.group_size
 
 
 def measure_block(
@@ -157,9 +182,10 @@ class Ratio(NamedTuple):
         if baseline is not None:
             value, without = value - baseline.value, without - baseline.without
         blocks = len(without)
-        # pseudo-values err as independent observations of the estimate would
-        half = t_interval(blocks * value - (blocks - 1) * without)
-        return value - half, value, value + half
+        with np.errstate(invalid="ignore"):
+            # pseudo-values err as independent observations of the estimate would
+            half = t_interval(blocks * value - (blocks - 1) * without)
+            return value - half, value, value + half
 
 
 def signal_to_noise(gradients: Tensor, as_adam: bool) -> Ratio:
@@ -185,8 +211,8 @@ def signal_to_noise(gradients: Tensor, as_adam: bool) -> Ratio:
 
 
 def measure_signal(blocks: list[Block]) -> dict[str, tuple[Ratio, Ratio]]:
-    """Signal to noise of each of CLASSES and WEIGHTINGS: as Adam sees it, and raw. Leaves out what
-    needs a signal that was constant."""
+    """Signal to noise of each of CLASSES and WEIGHTINGS: as Adam sees it, and raw. Leaves out the
+    log-prob shift of a policy from itself, which is 0."""
     mixtures = {name: {name: 1.0} for name in CLASSES}
     mixtures |= {name: mixture(arm) for name, arm in WEIGHTINGS.items()}
     ratios = {}
@@ -236,8 +262,13 @@ def summary(rows: list[dict], block_size: int) -> str:
             line += f"{row['adam_gain']:>+11.3f}{gain:>19}"
         else:
             line += " " * 30
-        lines.append(line + f"{row['adam_rollouts']:>15.0f}")
+        lines.append(f"{line}{rollouts_needed(row, 'adam'):>15}")
     return "\n".join(lines)
+
+
+def rollouts_needed(row: dict, scale: str) -> str:
+    """As many make signal and noise equal; "?" if the ratio's interval holds 0."""
+    return f"{row[f'{scale}_rollouts']:,.0f}" if row[f"{scale}_ratio_low"] > 0 else "?"
 
 
 def label_of(name: str) -> str:
@@ -266,8 +297,7 @@ def draw_ratios(axes: Axes, rows: list[dict], scale: str) -> None:
         low, value, high = (row[f"{scale}_ratio{end}"] for end in ("_low", "", "_high"))
         bars = [[value - low], [high - value]]
         axes.errorbar([value], [y], xerr=bars, fmt="o", color=color, capsize=3)
-        count = row[f"{scale}_rollouts"]
-        said = f"{count:,.0f}" if count < 1e6 else "no signal"
+        said = rollouts_needed(row, scale)
         axes.text(1.01, y, said, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
         if name == "grpo":
             axes.axvline(value, color=color, linestyle="--", linewidth=0.8)

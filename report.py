@@ -115,8 +115,9 @@ def draw(out: Path) -> None:
         title, label = PANELS[name]
         for path in logs(out):
             arm = ARMS[path.stem]
-            style = "o-" if name == "eval_success" else "-"
-            axes.plot(*column(path, name), style, color=arm.color, label=arm.label)
+            points = column(path, name)
+            style = "o-" if name == "eval_success" or len(points[0]) == 1 else "-"
+            axes.plot(*points, style, color=arm.color, label=arm.label)
         low, high = axes.dataLim.intervaly
         axes.set(title=title, xlabel="training iterations", ylabel=label)
         axes.set(ylim=(1.1 * min(0, low), 1.1 * max(0, high) or 1))
@@ -174,11 +175,12 @@ def summary(out: Path) -> str:
     names = [path.stem for path in logs(out) if column(path, "train_success")[1]]
     for name in names[1:]:
         mean, error, prompts = paired_difference(out, name, baseline=names[0])
-        verdict = "more" if abs(mean) > 2 * error else "not more"
+        verdict = "more than noise" if abs(mean) > 2 * error else "not more than noise"
+        verdict = "too few to tell" if prompts < 8 else verdict
         lines.append(
             f"{name} less {names[0]}: {100 * mean:+.1f} points of training success, standard error "
-            f"{100 * error:.1f} over {prompts} prompts that both played: {verdict} than noise in "
-            "this run (another seed is another run)"
+            f"{100 * error:.1f} over {prompts} prompts that both played: {verdict} in this run "
+            "(another seed is another run)"
         )
     return "\n".join(lines)
 
@@ -231,7 +233,8 @@ def draw_seeds(axes: Axes, arm: Arm, runs: list) -> None:
     values = np.array([values for _, values in runs])  # (seeds, iterations)
     mean, half = values.mean(0), np.array([t_interval(each) for each in values.T])
     axes.plot(x, values.T, color=color, linewidth=0.7, alpha=0.4)
-    axes.plot(x, mean, color=color, linewidth=2, label=arm.label)
+    marker = "o" if len(x) == 1 else None
+    axes.plot(x, mean, color=color, linewidth=2, marker=marker, label=arm.label)
     if len(runs) > 1:
         axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.08)
 

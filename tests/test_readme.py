@@ -2,6 +2,7 @@
 house stands as it says."""
 
 import ast
+import csv
 import re
 import runpy
 import shutil
@@ -205,10 +206,25 @@ def test_the_table_of_the_readme_is_that_of_the_logs():
             gains = [
                 run[name] - other[name] for run, other in zip(runs, found["grpo"], strict=True)
             ]
-            cells.append(
-                "" if arm == "grpo" else f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f}"
-            )
+            won = f"({sum(gain > 0 for gain in gains)}/3)"
+            gain = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f} {won}"
+            cells.append("" if arm == "grpo" else gain)
         assert re.sub(" +", " ", f"| {' | '.join(cells)} |") in README, cells
+
+
+def test_the_page_of_signals_has_the_figures_of_their_tables():
+    page = (ROOT / "results" / "signal.md").read_text()
+    folders = sorted((ROOT / "results" / "signal").glob("*/signal.csv"))
+    assert len(folders) >= 3
+    for path in folders:
+        with path.open() as file:
+            rows = {row["name"]: row for row in csv.DictReader(file)}
+        cells = [path.parent.name, f"{float(rows['action']['token_share']):.0%}"]
+        for name in ("reasoning", "action", "grpo", "actfocus", "placebo"):
+            cells.append(f"{float(rows[name]['adam_ratio']):.3f}")
+        ends = [float(rows["actfocus"][f"adam_gain{end}"]) for end in ("", "_low", "_high")]
+        cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends))
+        assert f"| {' | '.join(cells)} |" in page, cells
 
 
 def test_the_notebook_lists_every_run(capsys):
