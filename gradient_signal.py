@@ -307,4 +307,12 @@ def draw_ratios(axes: Axes, rows: list[dict], scale: str) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [label_of(row["name"]) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    # few tokens are format, and their interval may be wider than all others together
+    seen = [
+        row for row in rows if row["name"] != "format" and row[f"{scale}_ratio_low"] > -math.inf
+    ]
+    if seen:
+        low = min(0.0, *(row[f"{scale}_ratio_low"] for row in seen))
+        high = max(0.0, *(row[f"{scale}_ratio_high"] for row in seen))
+        axes.set_xlim(1.1 * low - 0.1 * high, 1.1 * high - 0.1 * low)
     axes.grid(alpha=0.3, axis="x")

@@ -233,6 +233,8 @@ def test_a_run_leaves_tables_and_pictures(run):
     out, said = run
     assert {path.name for path in out.iterdir()} == {
         "config.json",
+        "signal.csv",
+        "signal.png",
         "groups.csv",
         "correlations.csv",
         "bottleneck.png",
