@@ -74,7 +74,7 @@ class DiagnoseConfig:
     )
     warm_start_seed: int | None = option(None, "another built-in model", 0, kind=int)
     groups: int = option(128, "prompts", 8)
-    blocks: int = option(16, "of two prompts, to compare their gradients; 0: none", 0, 64)
+    blocks: int = option(12, "of two prompts, to compare their gradients; 0: none", 0, 64)
     group_size: int = option(16, "rollouts of each prompt", 2)
     temperature: float = option(1.0, "sampling temperature", 0.01)
     alpha: float = option(0.1, "weight of reasoning tokens in the pictures of tokens", 0, 1)
