@@ -157,8 +157,8 @@ def run_cell(cell: Cell, rest: list[str], out: Path, environ: dict, processes: l
         process = subprocess.Popen(command, env=environ, stdout=file, stderr=file)
         processes.append(process)
         code = process.wait()
-    said = (partial / "output.txt").read_text(encoding="utf-8").strip()
     if code:
+        said = (partial / "output.txt").read_text(encoding="utf-8").strip()
         return f"{said.splitlines()[-1] if said else f'exit code {code}'} ({partial}/output.txt)"
     partial.rename(folder)
     return ""

@@ -89,11 +89,18 @@ def log(path: Path, row: dict[str, float]) -> None:
         writer = csv.DictWriter(file, list(COLUMNS))
         if new:
             writer.writeheader()
-        shown = {
-            name: f"{value:.6g}" if isinstance(value, float) else value
-            for name, value in row.items()
-        }
-        writer.writerow(shown)
+        writer.writerow(rounded(row))
+
+
+def rounded(row: dict) -> dict:
+    """Floats as they stand in a CSV.
+
+    >>> rounded({"iteration": 3, "loss": 1 / 3})
+    {'iteration': 3, 'loss': '0.333333'}
+    """
+    return {
+        name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()
+    }
 
 
 def logs(out: Path) -> list[Path]:
@@ -188,12 +195,9 @@ def summary(out: Path) -> str:
 def write_rows(path: Path, rows: list[dict]) -> None:
     """A CSV of rows with the same keys."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(rows[0])
-        for row in rows:
-            writer.writerow(
-                f"{value:.6g}" if isinstance(value, float) else value for value in row.values()
-            )
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(map(rounded, rows))
 
 
 # ----------------------------------------------------------------------------------- several seeds
