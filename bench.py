@@ -49,7 +49,7 @@ from fused_loss import fused_policy_loss, policy_loss, token_loss
 from policy import Policy, encoders, load_policy
 from rollout import Rollouts, rollout
 from segment import Segment, token_bytes
-from train_grpo import score, update
+from train_grpo import Guard, score, update
 from warm_start import start_folder
 from worlds import make_env
 
@@ -292,7 +292,7 @@ def learn(
     ref_logprob = frozen.logprob if config.kl_coef else None
     rng = random.Random(0)
     advantages = advantages[:, None].expand(response.shape)  # (B, T)
-    update(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng)
+    update(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, Guard())
 
 
 def timed(args: argparse.Namespace, work: Callable[[], object]) -> tuple[float, object]:

@@ -147,12 +147,15 @@ def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Ce
 
 
 def run_cell(cell: Cell, rest: list[str], out: Path, environ: dict, processes: list) -> str:
-    """Run one cell in a folder that gets its name when all is done. Returns what went wrong."""
+    """Run a cell, or go on with it, and name its folder at the end. Returns what went wrong."""
     folder = cell.folder(out)
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
     command = [sys.executable, str(TRAINER), *cell.flags(rest), "--out", str(partial)]
+    if any(partial.glob("checkpoints/*.pt")):  # it was killed
+        command += ["--resume", str(partial)]
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     with (partial / "output.txt").open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environ, stdout=file, stderr=file)
         processes.append(process)
@@ -182,10 +185,8 @@ def report(cells: list[Cell], out: Path, baseline: str, threshold: float) -> Non
             with log.open(newline="", encoding="utf-8") as lines:
                 for row in csv.DictReader(lines):
                     writer.writerow({name: values[name] for name in setting} | row)
-            arms = worlds.setdefault((cell.env, config.lr), {})
-            arms.setdefault(cell.arm, {})[cell.seed] = log
-    tables = [table(*key, arms, baseline, threshold) for key, arms in worlds.items()]
-    text = "\n\n".join(tables)
+            worlds.setdefault((cell.env, config.lr), {}).setdefault(cell.arm, {})[cell.seed] = log
+    text = "\n\n".join(table(*key, arms, baseline, threshold) for key, arms in worlds.items())
     (out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
     draw(worlds, baseline, out / "compare.png")
     print(text, f"\n{out} has compare.csv, table.txt and compare.png")

@@ -7,6 +7,7 @@ and what cannot run is refused before anything does.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -47,13 +48,37 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
             shown = "" if each.default in (None, MISSING) else f" (default: {each.default})"
             kind = each.metadata["kind"]
             parser.add_argument(flag, help=text + shown, type=kind, default=each.default)
-    config = config_class(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
     try:
+        if getattr(args, "resume", None):
+            args = resumed(parser, argv, args.resume)
+        config = config_class(**vars(args))
         check_bounds(config)
         config.check()
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+def resumed(
+    parser: argparse.ArgumentParser, argv: list[str] | None, folder: str
+) -> argparse.Namespace:
+    """The flags that a run was begun with. Raises ValueError for a folder that holds none, for a
+    run of another script, and for flags beside --resume that say otherwise."""
+    path, own = Path(folder) / "config.json", vars(parser.parse_args([]))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--resume {folder} is no run that can go on: {error}") from None
+    if not isinstance(before, dict) or before.keys() != own.keys():
+        raise ValueError(f"{path} has other settings than this script takes: use the one it is of")
+    before |= {"resume": folder, "out": folder}
+    now = parser.parse_args(argv, argparse.Namespace(**before))
+    for name, value in vars(now).items():
+        if value != before[name] and name != "out":
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {value}, but {folder} was run with {before[name]}")
+    return argparse.Namespace(**before)
 
 
 def check_bounds(config) -> None:
@@ -92,7 +117,7 @@ class Config:
     minibatch: int = option(16, "rollouts an optimizer step", 1)
     micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
     lr: float | None = option(
-        None, "learning rate; 3e-4 if built in (shop 1e-4), else 1e-6", 0, kind=float
+        None, "learning rate; 3e-4 if built in (shop 1e-4), else 1e-6", 0, 10, kind=float
     )
     temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
     clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
@@ -114,7 +139,9 @@ class Config:
     seed: int = option(0, "of the prompts and of sampling", 0)
     device: str = option(DEVICE, "torch device")
     out: str | None = option(None, "results folder; else runs/<time>-<env>-seed<seed>", kind=str)
-    save: bool = option(False, "also save the trained policies as checkpoint folders")
+    save: bool = option(False, "also save the trained policies as folders that transformers opens")
+    checkpoint_every: int = option(5, "iterations between checkpoints; 0: none", 0)
+    resume: str | None = option(None, "folder of a run to go on with; its flags count", kind=str)
 
     def check(self) -> None:
         """Raise ValueError for what cannot run."""
@@ -126,7 +153,7 @@ class Config:
             )
         if self.model and self.thoughts is not None:
             raise ValueError("--thoughts is of the built-in model: leave it out with --model")
-        if self.out and logs(Path(self.out)):
+        if self.out and not self.resume and logs(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
 
     def resolve(self) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import jinja2
+import safetensors
 import tiktoken
 import torch
 import transformers
@@ -192,9 +193,12 @@ def load_policy(model: str | Path, device: str = "cpu") -> Policy:
     Weights come from safetensors only, as float32, and remote code is never run. Raises ValueError
     or OSError, with the reason, for a checkpoint that cannot be used.
     """
-    network = transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).to(device)
+    try:
+        network = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        ).to(device)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {model} are damaged: {error}") from None
     kinds = set(getattr(network.config, "layer_types", None) or [])
     if kinds := kinds - {"full_attention", "sliding_attention"}:
         named = ", ".join(sorted(kinds))

@@ -32,12 +32,14 @@ COLUMNS = {  # of a log; row k is about the policy after k iterations and the ro
     "train_success": "of all rollouts that the iteration played (at --temperature)",
     "train_reward": "their mean return",
     "train_finished": "share that the game itself ended, not the limit of turns",
+    "equal_groups": "share of groups whose rewards are all alike: they teach nothing",
     "loss": "mean over tokens, with entropy bonus and KL; near zero by construction",
     "entropy": "nats per generated token",
     "kl": "from the policy that played to the one being updated, k3 estimate, per token",
     "kl_reference": "from the policy that played to the reference, k1 (with --kl-coef only)",
     "clip_fraction": "share of generated tokens whose ratio is clipped",
     "grad_norm": "gradient norm before clipping, mean over the updates",
+    "skipped_updates": "left out, since their gradient was not finite",
     "gradient_agreement": "mean cosine of the gradients of successive mini-batches (empty for "
     "models of over 200M parameters)",
     "advantage_mean": "over generated tokens",
@@ -45,6 +47,7 @@ COLUMNS = {  # of a log; row k is about the policy after k iterations and the ro
     "value_loss": "of PPO's critic before it is fitted to these rollouts",
     "explained_variance": "share of the variance of returns that the critic foresaw",
     "turns": "assistant turns per episode",
+    "cut_turns": "share of turns not ended by the end-of-turn token: mostly at a limit",
     "response_tokens": "generated tokens per episode",
     "action_fraction": "share of ACTION tokens among the generated ones",
     "reasoning_accuracy": "share of true ones among the facts that the reasoning states",
@@ -106,6 +109,12 @@ def rounded(row: dict) -> dict:
 def logs(out: Path) -> list[Path]:
     """The logs of a run, one an arm."""
     return [path for path in (out / f"{name}.csv" for name in ARMS) if path.exists()]
+
+
+def appended(out: Path) -> list[Path]:
+    """All files that a run appends to, as far as they are there."""
+    others = (out / "prompts.csv", out / "samples.txt")
+    return logs(out) + [path for path in others if path.exists()]
 
 
 def column(path: Path, name: str) -> tuple[list[int], list[float]]:
@@ -268,6 +277,16 @@ def standard_error(success: Tensor, group_size: int) -> float:
     return (means.std() / len(means) ** 0.5).item()
 
 
+def equal_groups(rewards: Tensor, group_size: int) -> float:
+    """The share of the groups of (B,) rewards in which all are alike.
+
+    >>> equal_groups(torch.tensor([1.0, 0.0, 2.0, 2.0]), group_size=2)
+    0.5
+    """
+    groups = rewards.view(-1, group_size)  # (P, G)
+    return (groups == groups[:, :1]).all(dim=1).float().mean().item()
+
+
 def flat_gradient(model: torch.nn.Module) -> Tensor | None:
     """A copy of all gradients as (P,), or None if the model is too large for one more."""
     if sum(p.numel() for p in model.parameters()) > LARGE:
@@ -275,15 +294,20 @@ def flat_gradient(model: torch.nn.Module) -> Tensor | None:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def behaviour(rollouts: Rollouts, weights: Tensor, advantages: Tensor) -> dict[str, float]:
+def behaviour(
+    rollouts: Rollouts, weights: Tensor, advantages: Tensor, end_of_turn: int
+) -> dict[str, float]:
     """What was generated, how true its reasoning is, where the weight lies and what there is to
     learn from: columns of the log. weights, advantages: (B, T)."""
     credit = advantages[rollouts.response]
+    following = torch.nn.functional.pad(rollouts.response, (0, 1))[:, 1:]
+    last = rollouts.ids[rollouts.response & ~following]  # (turns,): the last token of each
     tokens, reasoning = rollouts.response.sum().item(), rollouts.labels == Segment.REASONING
     return {
         "advantage_mean": credit.mean().item(),
         "advantage_std": credit.std(correction=0).item(),
         "turns": rollouts.turns.float().mean().item(),
+        "cut_turns": (last != end_of_turn).float().mean().item(),
         "response_tokens": tokens / len(rollouts.ids),
         "action_fraction": (rollouts.labels == Segment.ACTION).sum().item() / tokens,
         # nan if no fact is stated

@@ -9,14 +9,17 @@ one that ActFocus changes), 7 mini-batch updates, 8 log, 9 draw. One device, no 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +27,7 @@ from tqdm import tqdm
 import report
 from actfocus import actfocus_weights, group_advantages, most_varied_groups
 from arms import ARMS, Arm, token_signals
+from checkpoint import Checkpoints
 from config import Config, parse
 from energy import TokenStats
 from fused_loss import fused_policy_loss
@@ -43,31 +47,62 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
         policy = load_policy(folder, config.device)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     start = {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
+    out = Path(config.out)
+    checkpoints, names = open_run(config, list(arms), out, start)
     print(f"results go to {out}\nThe loss says little, near zero by construction: watch success.")
     try:
-        for name, arm in arms.items():
-            policy.model.load_state_dict(start)
-            critic = make_critic(policy, config) if arm.critic else None
-            train(policy, config, name, arm, out, critic)
-            if config.save:
-                policy.save(out / name)
+        with checkpoints:
+            for name in names:
+                policy.model.load_state_dict(start)
+                critic = make_critic(policy, config) if arms[name].critic else None
+                train(policy, config, name, arms[name], out, checkpoints, critic)
+                if config.save:
+                    policy.save(out / name)
+    except OSError as error:
+        again = f"--resume {out} goes on from the last checkpoint"
+        raise SystemExit(f"{out} cannot be written: {error}; {again}") from None
     finally:  # also when interrupted: what has been done is drawn and stays
         if report.logs(out):
             report.draw(out)  # 9. draw
     print(report.summary(out))
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
 
 
-def train(policy: Policy, config: Config, name: str, arm: Arm, out: Path, critic=None) -> None:
+def open_run(
+    config: Config, names: list[str], out: Path, start: dict[str, Tensor]
+) -> tuple[Checkpoints, list[str]]:
+    """The checkpoints of a new run or of one to go on with, and the arms that are still to train.
+    A folder that cannot be written is found out here, by a first checkpoint."""
+    origin = asdict(config) | {"out": None, "resume": None}
+    origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
+    checkpoints = Checkpoints(out, config.checkpoint_every, origin, report.appended)
+    try:
+        if config.resume:
+            return checkpoints, names[names.index(checkpoints.go_on()) :]
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        if config.checkpoint_every:
+            checkpoints.save({"arm": names[0], "iteration": 0})
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{out} cannot be used: {error}") from None
+    return checkpoints, names
+
+
+def train(
+    policy: Policy, config: Config, name: str, arm: Arm, out: Path, checkpoints: Checkpoints,
+    critic=None,
+) -> None:  # fmt: skip
     """Train one arm in place, logging to out/<name>.csv. critic: of train_ppo.py, for PPO."""
     reference = policy.frozen_copy() if arm.beta or config.kl_coef else None
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
     rng = random.Random(config.seed)
-    success = {}
-    progress = tqdm(range(config.iterations + 1), desc=name, unit="it", dynamic_ncols=True)
+    guard, success = Guard(), {}
+    parts = {"policy": policy.model, "optimizer": optimizer}  # what training changes
+    parts |= {"critic": critic} if critic else {}
+    first = checkpoints.restore(name, parts, rng)
+    iterations = range(first, config.iterations + 1)
+    progress = tqdm(iterations, desc=name, unit="it", initial=first, dynamic_ncols=True)
     for iteration in progress:
         row, last = {"iteration": iteration}, iteration == config.iterations
         # 2. evaluate: before training, every few iterations, and at the end
@@ -89,6 +124,7 @@ def train(policy: Policy, config: Config, name: str, arm: Arm, out: Path, critic
             played = time.perf_counter()
             row |= report.outcomes(rollouts, "train")
             report.log_prompts(out / "prompts.csv", name, iteration, prompts, rollouts)
+            row["equal_groups"] = report.equal_groups(rollouts.rewards, config.group_size)
             # groups that end alike teach nothing and may be left out (the paper's filter)
             kept = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
             rollouts = rollouts.take(kept)
@@ -115,9 +151,10 @@ def train(policy: Policy, config: Config, name: str, arm: Arm, out: Path, critic
                 weights = arm.change(weights, rollouts, seed=config.seed + 1000 * iteration)
             ref_logprob = frozen.logprob if config.kl_coef else None
             # 7. mini-batch updates
-            row |= report.behaviour(rollouts, weights, advantages)
+            row |= report.behaviour(rollouts, weights, advantages, policy.end_of_turn)
+            guard.place = f"{name}, iteration {iteration}"
             row |= update(
-                policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng
+                policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, guard
             )
             if critic is not None:
                 row |= critic.fit(rollouts, returns)
@@ -127,11 +164,12 @@ def train(policy: Policy, config: Config, name: str, arm: Arm, out: Path, critic
         report.log(out / f"{name}.csv", row)  # 8. log
         success |= {key: f"{row[key]:.2f}" for key in row if key.endswith("success")}
         progress.set_postfix(success)
+        checkpoints.keep(name, iteration + 1, parts, rng, last, guard.sound(policy.model))
 
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: Tensor,
-    weights: Tensor, ref_logprob: Tensor | None, config: Config, rng: random.Random,
+    weights: Tensor, ref_logprob: Tensor | None, config: Config, rng: random.Random, guard: Guard,
 ) -> dict[str, float]:  # fmt: skip
     """One pass over the rollouts in shuffled mini-batches, an optimizer step each. advantages,
     weights and, with a KL penalty, ref_logprob: (B, T). Returns columns of the log: means over
@@ -170,19 +208,44 @@ def update(
         previous = gradient
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         norms.append(norm.item())
-        if math.isfinite(norms[-1]):
+        if guard.passes(norms[-1], sums["loss"], policy.model):
             optimizer.step()
-        else:
-            tqdm.write(f"skipped an update of gradient norm {norms[-1]}; a lower --lr may help")
         optimizer.zero_grad()
     tokens = response.sum().item()
     row = {name: total / tokens for name, total in sums.items()}
     row["grad_norm"] = sum(norms) / len(norms)
+    row["skipped_updates"] = sum(not math.isfinite(norm) for norm in norms)
     if cosines:
         row["gradient_agreement"] = sum(cosines) / len(cosines)
     if ref_logprob is not None:
         row["kl_reference"] = ((old_logprob - ref_logprob) * response).sum().item() / tokens
     return row
+
+
+class Guard:
+    """Leaves out updates whose gradient is not finite; the third in a row ends the run."""
+
+    place, in_a_row = "", 0
+
+    def passes(self, norm: float, loss: float, model: torch.nn.Module) -> bool:
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        cause = f"gradient (loss: {loss:g}) is" if finite(model) else "weights are"
+        said = f"{self.place}: left out an update, since the {cause} not finite"
+        self.in_a_row += 1
+        if self.in_a_row == 3:
+            raise SystemExit(f"{said}, for the third time in a row; a lower --lr may help")
+        tqdm.write(said)
+        return False
+
+    def sound(self, model: torch.nn.Module) -> bool:
+        """Is this a state to go on from?"""
+        return self.in_a_row == 0 and finite(model)
+
+
+def finite(model: torch.nn.Module) -> bool:
+    return all(p.isfinite().all() for p in model.parameters())
 
 
 def play(

@@ -29,7 +29,7 @@ from train_grpo import run
 class PPOConfig(ActFocusConfig):
     arms: str = option("ppo,ppo-actfocus", "arms to train in turn, of arms.py")
     critic_lr: float | None = option(
-        None, "learning rate of the critic; 1e-3 if built in, else 1e-5", 0, kind=float
+        None, "learning rate of the critic; 1e-3 if built in, else 1e-5", 0, 10, kind=float
     )
     critic_passes: int = option(2, "passes of the critic over the rollouts of an iteration", 1)
     gae_lambda: float = option(1.0, "of generalised advantage estimation", 0, 1)
@@ -110,6 +110,18 @@ class Critic:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.critic_lr)
         self.rng = random.Random(config.seed)  # its own: shuffling it leaves prompts as they are
         self.foresaw: dict[str, float] = {}  # how well, at the last `advantages`
+
+    def state_dict(self) -> dict:
+        """All that training changes."""
+        parts = {"trunk": self.trunk.model, "layer": self.layer, "optimizer": self.optimizer}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        return state | {"rng": self.rng.getstate()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.trunk.model.load_state_dict(state["trunk"])
+        self.layer.load_state_dict(state["layer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.setstate(state["rng"])
 
     def predict(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
         """(N,) float32: the value before each response token of some rows, in their order."""

@@ -131,7 +131,9 @@ def color_of(weight: float) -> str:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>TITLE</title>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>TITLE</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff }

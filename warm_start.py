@@ -20,6 +20,8 @@ import hashlib
 import json
 import os
 import random
+import shutil
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,8 +45,7 @@ STARTS = Path(__file__).with_name("starts")
 WARM_START_SEEDS = 1_000_000_000  # and on: demonstrated
 EVAL_SEEDS = 2_000_000_000  # and on: evaluated
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's splitting rule, but that a digit takes its space along, and that a cell's name and a tag
-# with its line end are one piece.
+# Qwen2's splitting rule, but a digit takes its space along; a cell's name and a tag are one piece.
 PATTERN = (
     r"</?[a-z_]+>\n?| ?\b[a-z]\d\b|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,23 +91,56 @@ def start_folder(env: str, **settings) -> Path:
     """The checkpoint folder of a world's built-in model: the committed one if it has these
     settings (fields of `WarmStart`), else one from the cache, where it is made on first use.
 
-    A folder in the cache is written elsewhere and moved there whole, so that one that exists is
-    complete. Raises ValueError for a world or an option that there is not.
+    A folder in the cache is written elsewhere and moved there whole; one that was damaged since is
+    made anew. Raises ValueError for a world or an option that there is not, and if the committed
+    one is damaged.
     """
     wanted = WarmStart(env, **settings)
-    shape = fingerprint(wanted)
-    committed = STARTS / env / "start.json"
-    if committed.exists() and json.loads(committed.read_text())["fingerprint"] == shape:
-        return committed.parent
+    shape, committed = fingerprint(wanted), STARTS / env
+    if committed.exists():
+        belongs_to, undamaged = stamp_of(committed)
+        if not undamaged:
+            raise ValueError(f"{committed} is damaged: `git checkout {committed}` brings it back")
+        if belongs_to == shape:
+            return committed
     cache = Path(os.environ.get("ACTFOCUS_CACHE", Path.home() / ".cache" / "actfocus")).expanduser()
     folder = cache / f"{env}-{shape}"
+    if folder.exists() and stamp_of(folder) != (shape, True):
+        print(f"note: {folder} is damaged and is made anew", file=sys.stderr)
+        shutil.rmtree(folder)
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="half-written-", dir=cache) as scratch:
-            build(wanted).save(Path(scratch) / "done")
+            done = Path(scratch) / "done"
+            build(wanted).save(done)
+            write_stamp(done, wanted)
             with contextlib.suppress(OSError):  # another process was faster: its folder is equal
-                os.rename(Path(scratch) / "done", folder)
+                os.rename(done, folder)
     return folder
+
+
+def write_stamp(folder: Path, settings: WarmStart) -> None:
+    """start.json: what the model in a folder belongs to, and a checksum of its files."""
+    stamp = {"fingerprint": fingerprint(settings), "files": checksum(folder), **asdict(settings)}
+    (folder / "start.json").write_text(json.dumps(stamp, indent=2) + "\n")
+
+
+def stamp_of(folder: Path) -> tuple[str, bool]:
+    """What its start.json says that a folder belongs to, and whether all of it is as it was."""
+    try:
+        stamp = json.loads((folder / "start.json").read_text())
+        return stamp["fingerprint"], stamp["files"] == checksum(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", False
+
+
+def checksum(folder: Path) -> str:
+    """16 hex digits of the SHA-256 over the files of a model and its tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name not in ("start.json", "README.md"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(settings: WarmStart) -> str:
@@ -127,19 +161,12 @@ def build(settings: WarmStart, device: str = "cpu") -> Policy:
     episodes = demonstrations(env, settings)
     tokenizer = learn_tokenizer(env, episodes[:300], settings.vocabulary)
     config = transformers.Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=settings.hidden * 8 // 3,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden // 32,
-        num_key_value_heads=1,
+        vocab_size=len(tokenizer), hidden_size=settings.hidden, num_hidden_layers=settings.layers,
+        intermediate_size=settings.hidden * 8 // 3, num_attention_heads=settings.hidden // 32,
+        num_key_value_heads=1, max_position_embeddings=8192, tie_word_embeddings=True,
         initializer_range=0.1,  # Qwen's 0.02 is for wide models, and learns slowly in a narrow one
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+        bos_token_id=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = transformers.Qwen2ForCausalLM(config).to(device)
@@ -180,26 +207,19 @@ def learn_tokenizer(
         for shown, turn in zip(seen, said, strict=True):
             texts.append(f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n")
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=SPECIAL,
+        vocab_size=size, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     blank.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=blank,
-        chat_template=CHAT_TEMPLATE,
-        pad_token=SPECIAL[0],
-        extra_special_tokens=[SPECIAL[1]],
-        eos_token=SPECIAL[2],
-        made_by="actfocus",
-    )
+        tokenizer_object=blank, chat_template=CHAT_TEMPLATE, made_by="actfocus",
+        pad_token=SPECIAL[0], extra_special_tokens=[SPECIAL[1]], eos_token=SPECIAL[2],
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ supervised training
 def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """ids (T,) of what the model is shown and replies to in turn, and a mask (T,) of the
-    replies."""
+    """ids (T,) of what the model is shown and replies to in turn; a mask (T,) of the replies."""
     ids, mask = [], []
     for frame, reply in zip(frames, replies, strict=True):
         ids += frame + reply
@@ -208,8 +228,7 @@ def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple
 
 
 def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -> None:
-    """Supervised training on the assistant's tokens, in place: first on windows of a few turns,
-    then on whole episodes."""
+    """Supervised training on the assistant's tokens, in place: windows of turns, then episodes."""
     windows, wholes = [], []
     for seen, said in episodes:
         replies = [policy.encode(turn) + [policy.end_of_turn] for turn in said]
@@ -226,9 +245,7 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
     batches += [rng.sample(wholes, few) for _ in range(settings.episode_steps)]
 
     model = policy.model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, (0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, total_steps=len(batches), pct_start=0.05
     )
@@ -251,9 +268,8 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
 # ------------------------------------------------------------------------------------ as a script
 def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: int = 128) -> str:
     """How a policy plays the first episodes of evaluation, in a line."""
-    rollouts = rollout(
-        policy, settings.make_env, range(EVAL_SEEDS, EVAL_SEEDS + episodes), temperature
-    )
+    seeds = range(EVAL_SEEDS, EVAL_SEEDS + episodes)
+    rollouts = rollout(policy, settings.make_env, seeds, temperature)
     success = rollouts.success.float().mean().item()
     facts = (rollouts.true_facts.sum() / rollouts.facts.sum().clamp(min=1)).item()
     silent = (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item()
@@ -283,15 +299,11 @@ def make_start(settings: WarmStart, folder: Path) -> None:
     policy = build(settings)
     policy.save(folder)
     lines = [f"- {measure(policy, settings, temperature)}" for temperature in (1.0, 0.5)]
-    stamp = {"fingerprint": fingerprint(settings), **asdict(settings)}
-    (folder / "start.json").write_text(json.dumps(stamp, indent=2) + "\n")
+    write_stamp(folder, settings)
     text = START_README.format(
-        env=settings.env,
-        parameters=policy.model.num_parameters(),
-        torch=torch.__version__.partition("+")[0],
-        transformers=transformers.__version__,
-        lines="\n".join(lines),
-    )
+        env=settings.env, parameters=policy.model.num_parameters(), lines="\n".join(lines),
+        torch=torch.__version__.partition("+")[0], transformers=transformers.__version__,
+    )  # fmt: skip
     (folder / "README.md").write_text(text)
     print(text)
 
@@ -308,14 +320,10 @@ def teach(model: str, settings: WarmStart, folder: Path, device: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--env", choices=list(ENVIRONMENTS), default="frozenlake")
-    parser.add_argument(
-        "--model", help="chat model to teach, folder or hub id; a new one if not given"
-    )
+    parser.add_argument("--model", help="chat model to teach, folder or hub id; else a new one")
     parser.add_argument("--out", type=Path, help="folder to write; needed with --model")
-    parser.add_argument(
-        "--thoughts", type=int, help="free sentences in a thought (the world's own)"
-    )
-    parser.add_argument("--skill", type=float, help="share of best acts shown (the world's own)")
+    parser.add_argument("--thoughts", type=int, help="free sentences in a thought (the world's)")
+    parser.add_argument("--skill", type=float, help="share of best acts shown (the world's)")
     parser.add_argument("--seed", type=int, default=0, help="another one is another model")
     parser.add_argument("--episodes", type=int, help="demonstrated (10,000; with --model 1,000)")
     parser.add_argument("--window-steps", type=int, help="on two turns each (3000; 300)")
@@ -327,8 +335,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--model needs --out: a checkpoint is never written over")
     settings = WarmStart(args.env, seed=args.seed)
     if args.model:
-        gentle = {"episodes": 1000, "window_steps": 300, "episode_steps": 0, "lr": 1e-4}
-        settings = replace(settings, window_batch=4, **gentle)
+        settings = replace(settings, episodes=1000, window_steps=300, episode_steps=0)
+        settings = replace(settings, window_batch=4, lr=1e-4)
     for name in ("thoughts", "skill", "episodes", "window_steps", "episode_steps", "lr"):
         if getattr(args, name) is not None:
             settings = replace(settings, **{name: getattr(args, name)})

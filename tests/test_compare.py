@@ -80,6 +80,8 @@ arm, out = given["--arms"], Path(given["--out"])
 if arm == "placebo":
     raise SystemExit("the placebo is out")
 config = dict(env=given["--env"], arms=arm, seed=int(given["--seed"]), lr=3e-4, iterations=10)
+if "--resume" in given:
+    (out / "resumed").write_text(given["--resume"])
 (out / "config.json").write_text(json.dumps(config))
 rows = ["iteration,eval_success,train_success"] + [f"{i},0.1,0.2" for i in range(3)]
 (out / f"{arm}.csv").write_text("\\n".join(rows))
@@ -123,6 +125,13 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_train
     killed.rename(killed.with_name(f"{killed.name}.partial"))
     compare.main(flags)
     assert "4 cells, 3 of them done before" in capsys.readouterr().out and killed.exists()
+    # with a checkpoint it goes on: nothing of it is removed, and the trainer is told to
+    partial = killed.rename(killed.with_name(f"{killed.name}.partial"))
+    (partial / "checkpoints").mkdir()
+    (partial / "checkpoints" / "000000-0123.pt").write_text("")
+    compare.main(flags)
+    assert (killed / "resumed").read_text() == str(partial)
+    assert (killed / "checkpoints" / "000000-0123.pt").exists()
     (killed / "config.json").unlink()
     with pytest.raises(SystemExit, match="actfocus-seed4 is not a run"):
         compare.main(flags)

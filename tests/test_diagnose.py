@@ -251,7 +251,9 @@ def test_a_run_leaves_tables_and_pictures(run):
 
 def test_the_page_holds_every_sampled_token_and_loads_nothing(run):
     text = (run[0] / "tokens.html").read_text()
-    assert "http" not in text and "url(" not in text and "@import" not in text
+    policy = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; """
+    assert policy + """style-src 'unsafe-inline'">""" in text  # no script, no picture, no font
+    assert text.count("http") == 1 and "url(" not in text and "@import" not in text
     page = Page()
     page.feed(text)
     assert page.open == [] and page.tags <= {

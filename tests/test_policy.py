@@ -338,6 +338,17 @@ def test_pickled_weights_are_refused(tiny_folder, tmp_path):
         load_policy(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(name, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises((OSError, ValueError)):  # what train_grpo.run makes a sentence of
+        load_policy(folder)
+
+
 def test_the_reference_is_a_frozen_copy(tiny):
     reference = tiny.frozen_copy()
     assert not any(p.requires_grad for p in reference.model.parameters()) and all(

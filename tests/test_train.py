@@ -22,7 +22,7 @@ from fused_loss import policy_loss
 from report import COLUMNS, column, paired_difference
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
-from train_grpo import run, update
+from train_grpo import Guard, run, update
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
@@ -110,10 +110,10 @@ def test_gradient_agreement_is_the_cosine_of_successive_gradients(built_in, play
     class Rng:  # every rollout once in the first half, once in the second
         sample = staticmethod(lambda population, k: list(population))
 
-    row = update(built_in, optimizer, twice, advantages, weights, None, config, Rng)
+    row = update(built_in, optimizer, twice, advantages, weights, None, config, Rng, Guard())
     assert row["gradient_agreement"] == pytest.approx(1.0, abs=1e-4)
     whole = Config(minibatch=24, entropy_coef=0.0)
-    row = update(built_in, optimizer, twice, advantages, weights, None, whole, Rng)
+    row = update(built_in, optimizer, twice, advantages, weights, None, whole, Rng, Guard())
     assert "gradient_agreement" not in row
 
 
@@ -268,6 +268,8 @@ def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, both_ar
     assert result.returncode == 0, result.stderr
     row = read(tmp_path / "out" / "actfocus.csv")[0]
     assert float(row["action_fraction"]) == 0
+    assert float(row["equal_groups"]) == float(row["cut_turns"]) == 1
+    assert row["skipped_updates"] == "0"
     assert float(row["train_reward"]) == pytest.approx(-0.6)
     assert math.isfinite(float(row["loss"])) and math.isfinite(float(row["kl_reference"]))
     said = "of the generated tokens are reasoning in <think> </think>"
@@ -356,6 +358,7 @@ def gradients(policy, rollouts, focus, **options):
         frozen.logprob if config.kl_coef else None,
         config,
         random.Random(0),
+        Guard(),
     )
     return caught, row
 
@@ -415,6 +418,7 @@ def test_the_kl_penalty_pulls_towards_the_reference(built_in, played):
         shifted,
         config,
         random.Random(0),
+        Guard(),
     )
     hidden, targets = scored_hidden(built_in, played, torch.arange(12), played.response)
     logprob = token_stats(hidden, built_in.head, targets).logprob
@@ -441,6 +445,7 @@ def test_a_step_with_a_bad_gradient_is_skipped(built_in, played):
         None,
         Config(minibatch=6),
         random.Random(0),
+        Guard(),
     )
     assert all(torch.equal(a, b) for a, b in zip(before, built_in.model.parameters(), strict=True))
 
@@ -449,7 +454,7 @@ def test_arms_differ_in_their_weights_only(start, tmp_path, monkeypatch):
     """The real loop: what reaches the update is the same, but for the weights."""
     given = {}
 
-    def spy(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng):
+    def spy(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, guard):
         given[len(given)] = rollouts, advantages, weights, ref_logprob
         return dict.fromkeys(("loss", "entropy", "kl", "clip_fraction", "grad_norm"), 0.0)
 
@@ -501,7 +506,7 @@ def test_the_fused_loss_trains_as_the_plain_one(start, tmp_path, monkeypatch):
 def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path, monkeypatch):
     seen = []
 
-    def spy(policy, config, name, arm, out, critic):
+    def spy(policy, config, name, arm, out, checkpoints, critic):
         seen.append([p.detach().clone() for p in policy.model.parameters()])
         with torch.no_grad():
             for p in policy.model.parameters():

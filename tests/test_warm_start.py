@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -138,6 +139,34 @@ def test_a_half_written_cache_is_never_used(empty_cache, monkeypatch):
     (empty_cache / "half-written-123" / "done").mkdir(parents=True)  # as a killed process leaves it
     monkeypatch.setattr(warm_start_module.Policy, "save", save)
     assert load_policy(start_folder("frozenlake", **TINY)).model.num_parameters() > 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "start.json"])
+@pytest.mark.parametrize("how", ["cut", "a flipped bit"])
+def test_a_damaged_cache_is_named_and_made_anew(name, how, empty_cache, capsys):
+    folder = start_folder("frozenlake", **TINY)
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    content = bytearray(good[name])
+    if how == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 4] ^= 4
+    (folder / name).write_bytes(content)
+    assert start_folder("frozenlake", **TINY) == folder
+    assert f"note: {folder} is damaged and is made anew" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
+
+
+def test_a_damaged_committed_start_is_refused(empty_cache, tmp_path, monkeypatch):
+    shutil.copytree(STARTS / "frozenlake", tmp_path / "starts" / "frozenlake")
+    monkeypatch.setattr(warm_start_module, "STARTS", tmp_path / "starts")
+    weights = tmp_path / "starts" / "frozenlake" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    assert start_folder("frozenlake") == weights.parent
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: `git checkout"):
+        start_folder("frozenlake")
 
 
 def test_losing_the_race_to_another_process_is_fine(empty_cache, monkeypatch):

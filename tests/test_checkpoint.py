@@ -1,0 +1,399 @@
+"""checkpoint.py: a run that is killed at any moment goes on as if nothing had happened.
+
+python -m pytest -q tests/test_checkpoint.py    # deaths at chosen moments, and two by SIGKILL
+python tests/test_checkpoint.py 20              # the long version: 20 by SIGKILL, at random
+"""
+
+import csv
+import errno
+import itertools
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from math import nan
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
+import report  # noqa: E402
+import train_grpo  # noqa: E402
+from config import parse  # noqa: E402
+from train_grpo import Guard  # noqa: E402
+from train_ppo import Critic, PPOConfig  # noqa: E402
+
+ARMS = "grpo,ppo-actfocus"
+SMALL = (
+    f"--arms {ARMS} --iterations 3 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 2 "
+    "--eval-every 2 --lr 1e-3 --max-turn-tokens 12 --max-tokens 460 --checkpoint-every 2 --save "
+    "--device cpu"
+).split()
+
+
+def play(*flags):
+    """train_ppo.py in this process."""
+    config = parse(PPOConfig, "", [*map(str, flags)])
+    train_grpo.run(config, config.chosen(), make_critic=Critic)
+
+
+def left_behind(out):
+    """All that a finished run must have in common with one that was never stopped, as bytes."""
+    assert not (out / "checkpoints").exists()
+    found = {}
+    for name in [*ARMS.split(","), "prompts"]:
+        with (out / f"{name}.csv").open(newline="") as file:
+            rows = [dict(row, seconds="", seconds_play="") for row in csv.DictReader(file)]
+        found[name] = rows
+    for path in [out / "samples.txt", *out.glob("*/model.safetensors")]:
+        found[str(path.relative_to(out))] = path.read_bytes()
+    assert len(found) == 6
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    play(*SMALL, "--model", tiny_folder, "--out", out)
+    return left_behind(out)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def die(monkeypatch, owner, name, call, first=None):
+    """Have a function end the run at one of its calls, after `first` has been done."""
+    original, calls = getattr(owner, name), itertools.count()
+
+    def dying(*args, **options):
+        if next(calls) == call:
+            if first:
+                first(*args)
+            raise Killed
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+def half_a_row(path, row):
+    with path.open("a") as file:
+        file.write("3,0.5,0.1")
+
+
+def half_a_checkpoint(state, path):
+    path.write_bytes(b"PK\x03\x04 and no more")
+
+
+MOMENTS = {
+    "playing": (train_grpo, "play", 7, None),
+    "a first update": (train_grpo, "update", 0, None),
+    "a later update": (train_grpo, "update", 4, None),
+    "writing a row": (report, "log", 2, half_a_row),
+    "writing the prompts": (report, "log_prompts", 4, None),
+    "writing a checkpoint": (torch, "save", 2, half_a_checkpoint),
+    "writing a checkpoint of the critic": (torch, "save", 4, half_a_checkpoint),
+    "naming a checkpoint": (checkpoint, "checksum", 1, None),
+    "forgetting an old one": (Path, "unlink", 0, None),
+    "fitting the critic": (Critic, "fit", 2, None),
+    "saving the first arm": (train_grpo.Policy, "save", 0, None),
+    "saving the last arm": (train_grpo.Policy, "save", 1, None),
+    "drawing": (report, "summary", 0, None),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_died_goes_on_as_if_it_had_not(moment, whole, tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        die(patch, *MOMENTS[moment])
+        with pytest.raises(Killed):
+            play(*SMALL, "--model", tiny_folder, "--out", out)
+    play("--resume", out)
+    assert left_behind(out) == whole
+
+
+def test_it_may_die_again_and_again(whole, tiny_folder, tmp_path):
+    """At every second update, whatever it belongs to: each life gets as far as one more."""
+    out, lives = tmp_path / "run", 0
+    flags = [*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "1"]
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            die(patch, train_grpo, "update", 1)
+            lives += 1
+            try:
+                play(*flags)
+            except Killed:
+                flags = ["--resume", out]
+                assert len(list((out / "checkpoints").glob("*.pt"))) <= 2
+            else:
+                break
+    assert lives == 6 and left_behind(out) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
+    number, whole, tiny_folder, tmp_path, monkeypatch, capfd
+):
+    out, original = tmp_path / "run", train_grpo.update
+
+    def interrupted(*args):
+        monkeypatch.setattr(train_grpo, "update", original)
+        signal.raise_signal(number)
+        return original(*args)
+
+    monkeypatch.setattr(train_grpo, "update", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match=f"before iteration 1 of grpo: python .* --resume {out}"):
+        play(*SMALL, "--model", tiny_folder, "--out", out)
+    assert signal.getsignal(number) == before
+    assert "ending after this iteration; once more ends at once" in capfd.readouterr().err
+    assert len((out / "grpo.csv").read_text().splitlines()) == 2 and (out / "curves.png").exists()
+    play("--resume", out)
+    assert left_behind(out) == whole
+
+
+def test_a_second_interruption_does_not_wait(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, 1, {}, report.appended):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+# ------------------------------------------------------------------------------- what is not whole
+@pytest.fixture
+def stopped(tiny_folder, tmp_path, monkeypatch):
+    """A run with two checkpoints that died before its third iteration."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die(patch, train_grpo, "update", 2)
+        with pytest.raises(Killed):
+            play(*SMALL, "--model", tiny_folder, "--out", out)
+    assert len(list((out / "checkpoints").glob("*.pt"))) == 2
+    return out
+
+
+def damage(path, how, rng):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: rng.randrange(len(content))]
+    else:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "a flipped bit"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(how, stopped, whole, capsys):
+    newest = max((stopped / "checkpoints").glob("*.pt"))
+    damage(newest, how, random.Random(0))
+    play("--resume", stopped)
+    assert f"note: {newest} is damaged; going on from the one before it" in capsys.readouterr().err
+    assert left_behind(stopped) == whole
+
+
+def test_any_flipped_bit_is_found(stopped):
+    rng, path = random.Random(1), max((stopped / "checkpoints").glob("*.pt"))
+    good = path.read_bytes()
+    for how in ["cut", "a flipped bit"] * 50:
+        damage(path, how, rng)
+        assert not path.stem.endswith(checkpoint.checksum(path))
+        path.write_bytes(good)
+    assert path.stem.endswith(checkpoint.checksum(path))
+
+
+def refused(out, *flags):
+    """Going on with a run is refused; returns the sentence, after a check that nothing changed."""
+    before = {path: path.read_bytes() for path in report.appended(out)}
+    with pytest.raises(SystemExit) as error:
+        play("--resume", out, *flags)
+    assert {path: path.read_bytes() for path in report.appended(out)} == before
+    return str(error.value)
+
+
+def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, capsys):
+    assert refused(stopped, "--lr", "0.1", "--prompts", "2") == "2"  # argparse's code
+    said = f"--lr is 0.1, but {stopped} was run with 0.001"
+    assert said in capsys.readouterr().err
+    settings = (stopped / "config.json").read_text()
+    (stopped / "config.json").write_text(settings.replace('"prompts": 2', '"prompts": 3'))
+    assert "prompts was 2 and is now 3" in refused(stopped)
+    (stopped / "config.json").write_text(settings[:-40])
+    assert refused(stopped) == "2" and "is no run that can go on" in capsys.readouterr().err
+    (stopped / "config.json").write_text("[]")
+    assert refused(stopped) == "2" and "other settings than this script" in capsys.readouterr().err
+    (stopped / "config.json").write_text(settings)
+    prompts = (stopped / "prompts.csv").read_bytes()
+    (stopped / "prompts.csv").write_bytes(prompts[:20])
+    assert "prompts.csv is shorter than when it was saved" in refused(stopped)
+    (stopped / "prompts.csv").write_bytes(prompts)
+    other = tmp_path / "other"  # the same model, but for one weight
+    shutil.copytree(json.loads(settings)["model"], other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.MonkeyPatch.context() as patch:
+        load = train_grpo.load_policy
+        patch.setattr(train_grpo, "load_policy", lambda folder, device: load(other, device))
+        assert "weights was " in refused(stopped)
+    for path in (stopped / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"")
+    assert "holds no checkpoint: the run is done, or never began" in refused(stopped)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_a_checkpoint_never_runs_code(stopped, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = stopped / "checkpoints"
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    torch.save({"arm": Evil()}, folder / "evil")
+    name = f"000009-{checkpoint.checksum(folder / 'evil')}.pt"
+    (folder / "evil").rename(folder / name)
+    assert f"{name} is no checkpoint" in refused(stopped)
+    (folder / name).write_bytes(pickle.dumps(Evil(), protocol=2))
+    (folder / name).rename(folder / f"000009-{checkpoint.checksum(folder / name)}.pt")
+    assert "is no checkpoint" in refused(stopped)
+    assert not Path("evil").exists()
+
+
+def test_a_finished_run_is_left_alone(whole, tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    play(*SMALL, "--model", tiny_folder, "--out", out, "--arms", "grpo", "--iterations", "1")
+    assert "holds no checkpoint: the run is done" in refused(out)
+
+
+def test_without_checkpoints_there_are_none(tiny_folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    die(monkeypatch, train_grpo, "update", 2)
+    with pytest.raises(Killed):
+        play(*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "0")
+    assert not (out / "checkpoints").exists() and len(report.appended(out)) == 3
+
+
+# ---------------------------------------------------------------------------- disks and bad numbers
+def test_a_folder_that_cannot_be_written_is_found_out_first(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be used: .*Not a directory"):
+        play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "file" / "run")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="cannot be used: .*No space left on device"):
+        play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
+    assert not report.appended(tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_loses_what_came_after_the_last_checkpoint(
+    whole, tiny_folder, tmp_path
+):
+    out, original, calls = tmp_path / "run", torch.save, itertools.count()
+
+    def full(*args):
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit, match="cannot be written: .*No space.*--resume"):
+            play(*SMALL, "--model", tiny_folder, "--out", out)
+    play("--resume", out)
+    assert left_behind(out) == whole
+
+
+def test_three_bad_updates_in_a_row_end_the_run(tiny_folder, tmp_path, monkeypatch):
+    """Arm, iteration and cause are named, and the last checkpoint is of sound weights."""
+    out, step, calls = tmp_path / "run", torch.optim.Adam.step, itertools.count()
+
+    def ruinous(optimizer, *args):
+        step(optimizer)
+        if next(calls) == 2:  # the first of two updates of the second iteration
+            for group in optimizer.param_groups:
+                group["params"][0].data.fill_(nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", ruinous)
+    said = "grpo, iteration 2: left out an update, since the weights are not finite, for the third"
+    with pytest.raises(SystemExit, match=said):
+        play(*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "1")
+    assert (out / "curves.png").exists()
+    rows = list(csv.DictReader((out / "grpo.csv").open()))
+    assert [row["skipped_updates"] for row in rows] == ["0", "1"]
+    state = torch.load(max((out / "checkpoints").glob("*.pt")), weights_only=True)
+    assert state["iteration"] == 1
+    weights = state["parts"]["policy"].values()
+    assert all(value.isfinite().all() and value.abs().max() < 100 for value in weights)
+
+
+def test_the_guard_counts_what_comes_in_a_row(tiny):
+    guard = Guard()
+    guard.place = "grpo, iteration 4"
+    assert [guard.passes(norm, 0.1, tiny.model) for norm in (nan, nan, 1.0, nan, float("inf"))] == [
+        False, False, True, False, False,
+    ]  # fmt: skip
+    said = r"grpo, iteration 4: .*gradient \(loss: nan\) is not finite, for the third time in a row"
+    with pytest.raises(SystemExit, match=said):
+        guard.passes(nan, nan, tiny.model)
+
+
+# ------------------------------------------------------------------------------------ real deaths
+def killed_at_random(model, out, deaths, rng):
+    """Runs of the script, each killed by SIGKILL at a random moment of its work; then one that is
+    left to end. Returns how many were killed."""
+    command, killed = [sys.executable, str(ROOT / "train_ppo.py")], 0
+    flags = [*SMALL, "--model", str(model), "--out", str(out)]
+    while True:
+        process = subprocess.Popen(
+            [*command, *flags], stdout=subprocess.DEVNULL, stderr=-3, cwd=ROOT
+        )
+        folder = out / "checkpoints"
+        while process.poll() is None and not list(folder.glob("*.pt")):
+            time.sleep(0.005)
+        if killed < deaths:
+            time.sleep(rng.uniform(0, 1.2 if "--resume" not in flags else 4.5))
+            process.kill()
+        if process.wait() == 0:
+            return killed
+        assert process.returncode == -signal.SIGKILL
+        killed, flags = killed + 1, ["--resume", str(out)]
+
+
+def test_sigkill(whole, tiny_folder, tmp_path):
+    assert killed_at_random(tiny_folder, tmp_path / "run", deaths=2, rng=random.Random(5)) > 0
+    assert left_behind(tmp_path / "run") == whole
+
+
+def main(deaths: int) -> None:
+    from conftest import TINY
+
+    from warm_start import start_folder
+
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["ACTFOCUS_CACHE"] = scratch
+        model, rng, done = start_folder("frozenlake", **TINY), random.Random(0), 0
+        play(*SMALL, "--model", model, "--out", f"{scratch}/whole")
+        wanted = left_behind(Path(scratch) / "whole")
+        while done < deaths:
+            out = Path(scratch) / f"run{done}"
+            done += killed_at_random(model, out, min(5, deaths - done), rng)
+            assert left_behind(out) == wanted
+            print(f"{done} deaths by SIGKILL, and all logs and weights are what they should be")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
