@@ -44,7 +44,8 @@ def main(folders: list[str]) -> None:
     for folder in [HERE / name for name in folders] or [HERE]:
         for config in sorted(folder.rglob("config.json")):
             for path in logs(config.parent):
-                print(row(path))
+                if config.parent.suffix != ".partial":  # compare.py is at it
+                    print(row(path))
 
 
 if __name__ == "__main__":
