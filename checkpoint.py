@@ -2,11 +2,10 @@
 
     python train_actfocus.py --resume runs/20261125-120000-frozenlake-seed0
 
-A checkpoint is all that an arm is between two iterations: weights, optimizer, random state, critic,
-and how long each log was. It is written aside, synced and renamed; the last two are kept, and none
-once the run is done. Going on cuts the logs back and plays again what came later: sampling depends
-on seeds alone (rollout.py), so on a processor as many threads make the same logs and weights, byte
-for byte.
+A checkpoint is an arm between two iterations: weights, optimizer, random state, critic, and how
+long each log was. It is written aside, synced and renamed; the last two are kept, and none once the
+run is done. Going on cuts the logs back and plays again what came later: sampling depends on seeds
+alone (rollout.py), so on a processor as many threads make the same logs and weights, byte for byte.
 """
 
 from __future__ import annotations
@@ -17,63 +16,58 @@ import pickle
 import random
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 import torch
 
 
 class Checkpoints:
     """Those of one run. origin: what it starts from (settings, weights), which must not change.
-    logs: the files that it appends to. While entered, Ctrl-C or SIGTERM ends it after the
+    logs(out): the files that it appends to. While entered, Ctrl-C or SIGTERM ends it after the
     iteration; a second one, at once."""
 
-    def __init__(self, out: Path, every: int, origin: dict, logs: Callable[[Path], list[Path]]):
+    def __init__(self, out: Path, every: int, origin: dict, logs):
         self.out, self.every, self.origin, self.logs = out, every, origin, logs
         self.folder, self.interrupted = out / "checkpoints", False
         self.state = {"arm": None}  # that is being gone on from
 
     def go_on(self) -> str:
-        """Take up the last checkpoint, whose arm is returned. Raises ValueError if there is none,
-        if the run started from something else, or if a log has lost what it held."""
+        """Take up the last checkpoint and return its arm. ValueError: the run cannot go on."""
         for path in sorted(self.folder.glob("*.pt"), reverse=True):
             if path.stem.endswith(checksum(path)):
                 break
             print(f"note: {path} is damaged; going on from the one before it", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))
         else:
             raise ValueError(f"{self.folder} holds no checkpoint: the run is done, or never began")
         try:
             self.state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
-        for name, value in self.origin.items():
-            if self.state["origin"].get(name) != value:
-                raise ValueError(f"{name} was {self.state['origin'].get(name)} and is now {value}")
+        for name, was in self.state["origin"].items():
+            if self.origin[name] != was:
+                raise ValueError(f"{name} was {was} and is now {self.origin[name]}")
         cut_back(self.logs(self.out), self.state["logs"])
         return self.state["arm"]
 
     def restore(self, arm: str, parts: dict, rng: random.Random) -> int:
-        """Make an arm's parts, which have a `state_dict`, what they were. Returns the iteration
-        that comes next: 0 for an arm that the checkpoint is not of."""
-        if self.state["arm"] != arm or self.state["iteration"] == 0:
+        """Make an arm's parts what they were; returns its next iteration (0: it had not begun)."""
+        state, self.state = self.state, {"arm": None}  # it may be large
+        if state["arm"] != arm or state["iteration"] == 0:
             return 0
         for name, part in parts.items():
-            part.load_state_dict(self.state["parts"][name])
-        rng.setstate(self.state["rng"])
-        return self.state["iteration"]
+            part.load_state_dict(state["parts"][name])
+        rng.setstate(state["rng"])
+        return state["iteration"]
 
-    def keep(
-        self, arm: str, iteration: int, parts: dict, rng: random.Random, last: bool, sound: bool
-    ) -> None:
-        """Save what comes before an iteration, if it is time to and the state is sound, and end the
-        run if it was interrupted."""
+    def keep(self, arm: str, iteration: int, parts: dict, rng, last: bool, sound: bool) -> None:
+        """Save what comes before an iteration if it is time; end the run if it was interrupted."""
         if self.every and sound and (iteration % self.every == 0 or last or self.interrupted):
             states = {name: part.state_dict() for name, part in parts.items()}
             self.save({"arm": arm, "iteration": iteration, "parts": states, "rng": rng.getstate()})
         if self.interrupted:
-            again = f"python {sys.argv[0]} --resume {self.out}" if self.every else "no way to go on"
-            raise SystemExit(f"interrupted before iteration {iteration} of {arm}: {again}")
+            again = f"to go on: python {sys.argv[0]} --resume {self.out}"
+            raise SystemExit(f"interrupted before iteration {iteration} of {arm}; {again}")
 
     def save(self, state: dict) -> None:
         """Write a checkpoint, then forget the third last. Raises OSError."""
@@ -81,7 +75,6 @@ class Checkpoints:
         lengths = {log.name: sync(log) for log in self.logs(self.out)}
         earlier, partial = sorted(self.folder.glob("*.pt")), self.folder / "half-written"
         torch.save(state | {"origin": self.origin, "logs": lengths}, partial)
-        sync(partial)
         number = int(earlier[-1].stem.partition("-")[0]) + 1 if earlier else 0
         partial.rename(self.folder / f"{number:06}-{checksum(partial)}.pt")
         sync(self.folder)
@@ -89,8 +82,7 @@ class Checkpoints:
             old.unlink()
 
     def __enter__(self) -> Checkpoints:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.interrupt) for number in numbers}
+        self.before = {each: signal.signal(each, self.interrupt) for each in (SIGINT, SIGTERM)}
         return self
 
     def __exit__(self, *_) -> None:
@@ -98,16 +90,14 @@ class Checkpoints:
             signal.signal(number, handler)
 
     def interrupt(self, number: int, frame) -> None:
-        if self.interrupted:
+        if self.interrupted or not self.every:
             raise KeyboardInterrupt
         self.interrupted = True
-        # NOTE: not print: the signal may have come in the middle of one.
-        os.write(2, b"\nending after this iteration; once more ends at once\n")
+        os.write(2, b"\nending after this iteration; once more ends at once\n")  # amid a print?
 
 
 def cut_back(logs: list[Path], lengths: dict[str, int]) -> None:
-    """Bring logs back to the lengths in bytes, by name, that a checkpoint found; one that it did
-    not find is removed. Raises ValueError, before any is touched, if one has lost something."""
+    """Cut logs to these lengths in bytes, by name; remove one without. ValueError: one is less."""
     found = {log.name: log.stat().st_size for log in logs}
     lost = [name for name, length in lengths.items() if found.get(name, 0) < length]
     if lost:
@@ -126,4 +116,5 @@ def sync(path: Path) -> int:
 
 def checksum(path: Path) -> str:
     with path.open("rb") as file:
+        os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

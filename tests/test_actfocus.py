@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from actfocus import actfocus_weights, clipped_loss, group_advantages, reweight_advantages
+from actfocus import (
+    actfocus_weights,
+    clipped_loss,
+    group_advantages,
+    most_varied_groups,
+    reweight_advantages,
+)
 
 
 def random_batch(seed: int, rows: int = 6, length: int = 20, dtype=torch.float32):
@@ -263,3 +269,10 @@ def test_loss_takes_other_clips_and_per_token_advantages():
         logprob, old, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2), clip_low=0.4, clip_high=0.1
     )
     assert loss.item() == pytest.approx(-(1.1 - 0.6) / 2)
+
+
+def test_the_filter_keeps_a_group_even_if_all_end_alike():
+    for share in (0.01, 0.25, 1.0):
+        kept = most_varied_groups(torch.ones(16), group_size=2, share=share)
+        assert len(kept) == 2 * math.ceil(share * 8)
+    assert most_varied_groups(torch.ones(16), group_size=2, share=0.01).tolist() == [0, 1]

@@ -154,7 +154,9 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
 
     monkeypatch.setattr(train_grpo, "update", interrupted)
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit, match=f"before iteration 1 of grpo: python .* --resume {out}"):
+    with pytest.raises(
+        SystemExit, match=f"before iteration 1 of grpo; to go on: python .* --resume {out}"
+    ):
         play(*SMALL, "--model", tiny_folder, "--out", out)
     assert signal.getsignal(number) == before
     assert "ending after this iteration; once more ends at once" in capfd.readouterr().err
