@@ -235,7 +235,7 @@ def draw(worlds: dict[tuple[str, float], Logs], baseline: str, path: Path) -> No
             what = f"less {ARMS[baseline].label}'s, seed by seed" if paired else f"{env}, lr {lr:g}"
             axes.set(title=f"{PANELS[name][0]}\n{what}", xlabel="training iterations")
             axes.set_ylabel("difference of success rates" if paired else "success rate")
-            axes.set_ylim(None if paired else (0, 1))
+            axes.set_ylim(None if paired else (0, None))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.axhline(0, color="black", linewidth=0.8)
             axes.grid(alpha=0.3)

@@ -245,7 +245,7 @@ def draw_seeds(axes: Axes, arm: Arm, runs: list) -> None:
     x, color = runs[0][0], arm.color
     values = np.array([values for _, values in runs])  # (seeds, iterations)
     mean, half = values.mean(0), np.array([t_interval(each) for each in values.T])
-    axes.plot(x, values.T, color=color, linewidth=0.7, alpha=0.4)
+    axes.plot(x, values.T, color=color, linewidth=0.7, alpha=min(0.4, 1.2 / len(runs)))
     marker = "o" if len(x) == 1 else None
     axes.plot(x, mean, color=color, linewidth=2, marker=marker, label=arm.label)
     if len(runs) > 1:

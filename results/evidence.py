@@ -1,0 +1,60 @@
+"""The pictures of evidence.md that compare.py does not draw, from the tables that it left:
+
+python results/evidence.py
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from arms import ARMS  # noqa: E402
+from report import measures, t_interval  # noqa: E402
+
+HERE = Path(__file__).parent
+SHOWN = {"final": "evaluation success after the run, %", "training": "mean training success, %"}
+
+
+def cells(folder: Path) -> dict[tuple[str, float, int], dict[str, float]]:
+    """What was measured of each run of a comparison, by arm, learning rate and seed."""
+    with (folder / "compare.csv").open(newline="", encoding="utf-8") as file:
+        keys = {(row["arm"], float(row["lr"]), int(row["seed"])) for row in csv.DictReader(file)}
+    found = {}
+    for arm, lr, seed in sorted(keys):
+        log = folder / "frozenlake" / f"{arm}-lr{lr:g}-seed{seed}" / f"{arm}.csv"
+        found[arm, lr, seed] = measures(log, threshold=0.5)
+    return found
+
+
+def draw_rates(folder: Path) -> None:
+    """rate.png: both arms at each learning rate, a dot a seed, the mean with its 95 % interval."""
+    found = cells(folder)
+    arms = sorted({arm for arm, _, _ in found}, key=list(ARMS).index)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, 2), SHOWN.items(), strict=True):
+        for i, arm in enumerate(arms):
+            rates = sorted({lr for each, lr, _ in found if each == arm})
+            values = np.array(
+                [[run[name] for key, run in found.items() if key[:2] == (arm, lr)] for lr in rates]
+            )  # (rates, seeds)
+            x = np.array(rates) * 1.04 ** (2 * i - len(arms) + 1)  # side by side
+            half = [t_interval(seeds) for seeds in values]
+            style = {"color": ARMS[arm].color, "label": ARMS[arm].label}
+            axes.errorbar(x, values.mean(1), half, fmt="o-", capsize=3, **style)
+            axes.plot(x, values, "_", color=ARMS[arm].color, alpha=0.7)
+        axes.set(xscale="log", xlabel="learning rate (Adam)", ylabel=label)
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(
+        "FrozenLake, 16 iterations of 64 rollouts: dashes are seeds, bars 95 % intervals"
+    )
+    figure.savefig(folder / "rate.png", dpi=110)
+
+
+if __name__ == "__main__":
+    draw_rates(HERE / "rate")
