@@ -1,6 +1,7 @@
 """examples/: loss and gradient in other people's trainers are this project's, on real rollouts.
 
-Needs `pip install trl==1.16.0`, and is left out without it. As a script it is one process of a run.
+Needs trl 1.16.0 and verl 0.9.0; what is not installed is left out. As a script this is
+one process of a run of TRL.
 """
 
 import os
@@ -19,6 +20,8 @@ from energy import token_energy  # noqa: E402
 from policy import load_policy  # noqa: E402
 from segment import Segment, segment_batch  # noqa: E402
 from warm_start import start_folder  # noqa: E402
+
+TURN = [b"<think>", b"Up is ice.", b"</think>", b"\n", b"<tool_call>", b"{}", b"</tool_call>", b""]
 
 
 # ---------------------------------------------------------------------------------------------- TRL
@@ -125,6 +128,58 @@ def test_settings_that_would_train_with_another_loss_are_refused(option, said, t
     refuse(config(output_dir=str(tmp_path), use_cpu=True, bf16=False))
     with pytest.raises(ValueError, match=f"ActFocus cannot be trained with {said}"):
         refuse(config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **option))
+
+
+# --------------------------------------------------------------------------------------------- verl
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_loss_and_gradient_through_verl_are_those_of_the_written_loss(micro_batches):
+    """Off-policy, asymmetric clip, both signs of the advantage, tool responses between turns."""
+    core = pytest.importorskip("verl.trainer.ppo.core_algos")
+    from verl.workers.config import ActorConfig
+    from verl_actfocus import weigh
+
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(len(TURN), (8, 60), generator=generator)
+    response = torch.rand(8, 60, generator=generator) < 0.8
+    old, noise, energy = torch.randn(3, 8, 60, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(8, generator=generator, dtype=torch.float64)
+    labels = segment_batch(ids, response, TURN)
+    reasoning, action = labels == Segment.REASONING, labels == Segment.ACTION
+    assert reasoning.any() and action.any()
+    weights = actfocus_weights(energy, reasoning, action, response)
+
+    logprob = (old + 0.3 * noise).requires_grad_()
+    expected = clipped_loss(logprob, old, advantages, weights, 0.2, 0.28)
+    (expected_gradient,) = torch.autograd.grad(expected, logprob)
+
+    tokens = {"dp_size": 1, "batch_num_tokens": response.sum()}
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=4, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=1e9,
+        ppo_mini_batch_size=8, ppo_micro_batch_size_per_gpu=8, global_batch_info=tokens,
+    )  # fmt: skip
+    broadcast = advantages[:, None] * response
+    weighed = weigh(ids, response.long(), broadcast, energy, TURN)
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in torch.arange(8).chunk(micro_batches):
+        loss, _ = core.compute_policy_loss_vanilla(
+            old[rows], logprob[rows], weighed[rows], response[rows].double(), "token-mean", config
+        )
+        total = total + loss
+    (gradient,) = torch.autograd.grad(total, logprob)
+    torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-8, rtol=1e-6)
+
+
+def test_what_verl_trains_on_needs_torch_alone():
+    from verl_actfocus import weigh
+
+    ids = torch.tensor([[0, 1, 2, 4, 5, 6, 7, 1]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])
+    energy = torch.zeros(1, 8)
+    weighed = weigh(ids, mask, 2.0 * mask, energy, TURN, alpha=0.5, beta=0.0)
+    # weights 1, .5, 1, 1, 1, 1, 1 of sum 6.5 over 7 tokens
+    expected = 2 * 7 / 6.5 * torch.tensor([[1, 0.5, 1, 1, 1, 1, 1, 0]])
+    torch.testing.assert_close(weighed, expected)
 
 
 if __name__ == "__main__":

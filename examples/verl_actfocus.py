@@ -1,0 +1,88 @@
+"""ActFocus in verl: the weights as a function of verl's own tensors, and a trainer that applies
+it. Needs `pip install verl==0.9.0` for the trainer; the function needs torch alone.
+
+    import verl_actfocus      # in the module that verl loads, then: trainer name "actfocus_sync"
+
+verl's advantages are per token, and its loss with `loss_agg_mode="token-mean"` is a mean over the
+tokens of a mini-batch. So weights that are never negative go into the advantages. What was checked:
+loss and gradient through verl's installed `compute_policy_loss_vanilla`, on a processor, equal
+`clipped_loss` with `actfocus_weights` (tests/test_examples.py). What was not run here: the trainer
+itself, for it needs vLLM or SGLang and Ray on GPUs.
+
+- Set `clip_ratio_low=0.2`, `clip_ratio_high=0.28`, and `clip_ratio_c` high (1e9): verl's dual clip
+  bounds what a negative advantage costs, at 3 by default, and the paper's loss does not.
+- The divisor is that of the batch that `weigh` sees. It is the mini-batch's, and so the paper's, if
+  the batch is one mini-batch; else an update's step is off by how much its mean weight differs.
+- verl's reference worker returns log-probs and no energies. The trainer below takes the paper's
+  other frozen signal, the log-prob shift; with a worker that also writes `ref_energy` (minus the
+  logsumexp of the raw logits, (bs, response length)), it takes that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from actfocus import actfocus_weights, reweight_advantages  # noqa: E402
+from segment import Segment, segment_batch  # noqa: E402
+
+
+def weigh(
+    responses: Tensor,
+    response_mask: Tensor,
+    advantages: Tensor,
+    signal: Tensor,
+    bytes_of: Sequence[bytes],
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    opening: bytes = b"",
+) -> Tensor:
+    """A * w * N / sum(w), (bs, L): advantages to train on with `loss_agg_mode="token-mean"`.
+
+    responses: (bs, L) ids; response_mask: (bs, L), 1 where the model sampled, 0 at tool responses
+    and padding; advantages, signal: (bs, L) float. bytes_of: `segment.token_bytes(tokenizer)`.
+    opening: what the chat template opens a turn with.
+    """
+    response = response_mask.bool()
+    labels = segment_batch(responses, response, bytes_of, opening)
+    reasoning, action = labels == Segment.REASONING, labels == Segment.ACTION
+    weights = actfocus_weights(signal, reasoning, action, response, alpha, beta)
+    return reweight_advantages(advantages, weights, response)
+
+
+def register() -> None:
+    """Make the trainer known to verl as "actfocus_sync"."""
+    import transfer_queue as tq
+    from tensordict import TensorDict
+    from verl.trainer.ppo.v1.trainer_base import get_trainer_cls, register_trainer
+    from verl.workers.utils.padding import response_to_nested
+
+    from segment import token_bytes
+
+    @register_trainer("actfocus_sync")
+    class ActFocusTrainer(get_trainer_cls("sync")):
+        def _compute_advantage(self, batch, metrics):
+            batch = super()._compute_advantage(batch, metrics)
+            where = {"keys": batch.keys, "partition_id": batch.partition_id}
+            fields = ["responses", "response_mask", "advantages", "old_log_probs", "ref_log_prob"]
+            data = tq.kv_batch_get(**where, select_fields=[*fields, "ref_energy"])
+            nested_mask, data = data["response_mask"], data.to_padded_tensor()
+            if "ref_energy" in data:
+                signal = data["ref_energy"]
+            elif "ref_log_prob" in data:
+                signal = data["old_log_probs"] - data["ref_log_prob"]
+            else:
+                raise ValueError("no reference to take a signal from: set actor.use_kl_loss=True")
+            advantages = weigh(
+                data["responses"],
+                data["response_mask"],
+                data["advantages"],
+                signal,
+                token_bytes(self.tokenizer),
+            )
+            nested = {"advantages": response_to_nested(advantages, nested_mask)}
+            return tq.kv_batch_put(**where, fields=TensorDict(nested, batch_size=len(batch)))
