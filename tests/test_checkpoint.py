@@ -360,18 +360,20 @@ def killed_at_random(model, out, deaths, rng):
     command, killed = [sys.executable, str(ROOT / "train_ppo.py")], 0
     flags = [*SMALL, "--model", str(model), "--out", str(out)]
     while True:
-        process = subprocess.Popen(
-            [*command, *flags], stdout=subprocess.DEVNULL, stderr=-3, cwd=ROOT
-        )
-        folder = out / "checkpoints"
-        while process.poll() is None and not list(folder.glob("*.pt")):
-            time.sleep(0.005)
-        if killed < deaths:
-            time.sleep(rng.uniform(0, 1.2 if "--resume" not in flags else 4.5))
-            process.kill()
-        if process.wait() == 0:
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen([*command, *flags], stdout=said, stderr=said, cwd=ROOT)
+            while process.poll() is None and not any((out / "checkpoints").glob("*.pt")):
+                time.sleep(0.005)
+            if killed < deaths:
+                time.sleep(rng.uniform(0, 1.2 if "--resume" not in flags else 4.5))
+                process.kill()
+            code = process.wait()
+            said.seek(0)
+            words = said.read()
+        # One that died after its very last act has nothing to go on with, and says so.
+        if code == 0 or (killed and "the run is done" in words):
             return killed
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL, words
         killed, flags = killed + 1, ["--resume", str(out)]
 
 
