@@ -49,6 +49,9 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
             kind = each.metadata["kind"]
             parser.add_argument(flag, help=text + shown, type=kind, default=each.default)
     args = parser.parse_args(argv)
+    if getattr(args, "preset", None) == "paper":
+        parser.set_defaults(**paper_settings(args.env, config_class.with_critic))
+        args = parser.parse_args(argv)  # what is given still counts
     try:
         if getattr(args, "resume", None):
             args = resumed(parser, argv, args.resume)
@@ -101,6 +104,23 @@ def check_bounds(config) -> None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def paper_settings(env: str, critic: bool) -> dict:
+    """What the paper's runs have other than the defaults below (its appendix). Where it does not
+    have a world of ours, those of FrozenLake."""
+    settings = {
+        "iterations": 200, "group_size": 16, "minibatch": 32, "lr": 1e-6, "eval_every": 10,
+        "eval_episodes": 512, "eval_group_size": 16, "max_turn_tokens": 400, "max_tokens": 3600,
+    }  # fmt: skip
+    if critic:
+        settings["critic_lr"] = 1e-5
+    if env in ("sokoban", "sudoku") or (env == "frozenlake" and critic):
+        settings["keep_groups"] = 0.25
+    if env == "shop":  # the paper's WebShop
+        settings |= {"iterations": 100, "prompts": 16, "group_size": 8, "max_tokens": 8192}
+        settings["kl_coef"] = 0.0 if critic else 0.001
+    return settings
+
+
 @dataclass
 class Config:
     """Every flag. Defaults are the paper's, but that all groups are kept, and sizes and learning
@@ -111,11 +131,15 @@ class Config:
     thoughts: int | None = option(
         None, "of a start with another number of free sentences", 0, 30, kind=int
     )
+    preset: str | None = option(None, '"paper": its settings for the world', kind=str)
     iterations: int = option(10, "rounds of playing and updating", 1)
     prompts: int = option(8, "prompts an iteration", 1)
     group_size: int = option(8, "rollouts of each prompt", 1)
     minibatch: int = option(16, "rollouts an optimizer step", 1)
     micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
     lr: float | None = option(
         None, "learning rate; 3e-4 if built in (shop 1e-4), else 1e-6", 0, 10, kind=float
     )
@@ -142,10 +166,13 @@ class Config:
     save: bool = option(False, "also save the trained policies as folders that transformers opens")
     checkpoint_every: int = option(5, "iterations between checkpoints; 0: none", 0)
     resume: str | None = option(None, "folder of a run to go on with; its flags count", kind=str)
+    with_critic = False  # PPO has one, which train_ppo.py trains
 
     def check(self) -> None:
         """Raise ValueError for what cannot run."""
         make_env(self.env)
+        if self.preset not in (None, "paper"):
+            raise ValueError(f"--preset is {self.preset}: there is only paper")
         if (self.eval_episodes or 128) % self.eval_group_size:
             raise ValueError(
                 f"--eval-episodes {self.eval_episodes or 128} do not split into groups of "
@@ -182,7 +209,6 @@ class ActFocusConfig(Config):
     )
     signal: str | None = option(None, f"of uncertainty: {', '.join(SIGNALS)}", kind=str)
     no_baseline: bool = option(False, "leave the first arm out")
-    with_critic = False  # PPO has one, which train_ppo.py trains
 
     def check(self) -> None:
         super().check()

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from segment import token_bytes
 
@@ -72,6 +73,7 @@ class Policy:
     opening: bytes = field(init=False)  # of a turn, written by the template: b"<think>\n" or b""
     _prompts: dict = field(init=False, default_factory=dict)
     _noted: bool = field(init=False, default=False)  # that the template ignores tools
+    _recomputes: bool = field(init=False, default=False)
 
     def __post_init__(self):
         if self.device.type == "cpu":
@@ -152,10 +154,21 @@ class Policy:
     def hidden(self, ids: Tensor, cache: transformers.Cache | None = None) -> Tensor:
         """Final hidden states (B, T, H) of ids (B, T). Rows are right-padded or not at all, so
         causality is the only mask."""
+        if self._recomputes:  # a layer does only while it trains, and never with a cache
+            for layer in self.model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = torch.is_grad_enabled()  # not its parts: no dropout
         with self.autocast():
             base = self.model.base_model
             out = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
             return out.last_hidden_state
+
+    def recompute(self) -> None:
+        """Have each layer compute its activations again in the backward pass instead of keeping
+        them (gradient checkpointing): far less memory for about a third more time."""
+        old = self.model.gradient_checkpointing_enable  # its name before transformers 5.20
+        getattr(self.model, "activation_checkpointing_enable", old)()
+        self._recomputes = True
 
     def autocast(self) -> torch.autocast:
         """bfloat16 on CUDA, float32 elsewhere; trained weights themselves stay float32."""

@@ -47,6 +47,8 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
         policy = load_policy(folder, config.device)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
+    if config.gradient_checkpointing:
+        policy.recompute()
     start = {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
     out = Path(config.out)
     checkpoints, names = open_run(config, list(arms), out, start)
@@ -59,6 +61,9 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
                 train(policy, config, name, arms[name], out, checkpoints, critic)
                 if config.save:
                     policy.save(out / name)
+    except torch.OutOfMemoryError:
+        turn = "lower --micro-tokens or --prompts, or add --gradient-checkpointing"
+        raise SystemExit(f"out of memory on {config.device}: {turn}") from None
     except OSError as error:
         again = f"--resume {out} goes on from the last checkpoint"
         raise SystemExit(f"{out} cannot be written: {error}; {again}") from None

@@ -319,6 +319,15 @@ def test_a_disk_that_fills_up_loses_what_came_after_the_last_checkpoint(
     assert left_behind(out) == whole
 
 
+def test_out_of_memory_says_which_flags_to_turn(tiny_folder, tmp_path, monkeypatch):
+    def hungry(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(train_grpo, "update", hungry)
+    with pytest.raises(SystemExit, match="out of memory on cpu: lower --micro-tokens or --prompts"):
+        play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
+
+
 def test_three_bad_updates_in_a_row_end_the_run(tiny_folder, tmp_path, monkeypatch):
     """Arm, iteration and cause are named, and the last checkpoint is of sound weights."""
     out, step, calls = tmp_path / "run", torch.optim.Adam.step, itertools.count()

@@ -19,10 +19,12 @@ from arms import ARMS
 from config import ActFocusConfig, Config, parse
 from energy import token_stats
 from fused_loss import policy_loss
+from policy import load_policy
 from report import COLUMNS, column, paired_difference
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
 from train_grpo import Guard, run, update
+from train_ppo import PPOConfig
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
@@ -226,6 +228,7 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--arms grpo,ppo", "ppo has a critic, which train_ppo.py trains"),
         ("--signal noise", "--signal is noise: choose one of energy"),
         ("--eval-episodes 10 --eval-group-size 4", "do not split into groups of"),
+        ("--preset fast", "--preset is fast: there is only paper"),
         ("--thoughts 31", "--thoughts is 31: it must be at least 0 and at most 30"),
         ("--thoughts 0 --model x", "--thoughts is of the built-in model"),
     ],
@@ -372,6 +375,33 @@ def test_micro_batching_does_not_change_the_gradient(built_in, played):
         assert row[key] == pytest.approx(other[key], abs=1e-5), key
 
 
+def test_recomputing_activations_saves_memory_and_changes_nothing(start, played):
+    """The same gradient from far fewer saved bytes; playing, which has a cache, is as it was."""
+    policy, found = load_policy(start), []
+    for recomputes in (False, True):
+        if recomputes:
+            policy.recompute()
+        saved = 0
+
+        def pack(tensor):
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden, _ = scored_hidden(policy, played, torch.arange(12), played.response)
+        hidden.square().sum().backward()
+        found.append((saved, [p.grad.clone() for p in policy.model.parameters()]))
+        policy.model.zero_grad()
+    (plain, gradient), (less, same) = found
+    assert less < 0.2 * plain
+    for a, b in zip(gradient, same, strict=True):
+        assert torch.equal(a, b)
+    again = rollout(policy, lambda: make_env("frozenlake"), [11] * 4)
+    assert again.rewards.tolist() == played.rewards[:4].tolist()
+    assert not any(module.training for module in policy.model.modules())
+
+
 def test_the_update_follows_the_gradient_of_the_written_formula(built_in, played):
     """A plain full-logits GRPO loss with autograd, against the loop's packed, chunked,
     micro-batched one."""
@@ -516,6 +546,27 @@ def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path
     config = Config(model=str(start), out=str(tmp_path))
     run(config, {"grpo": GRPO, "actfocus": FOCUS})
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_the_paper_has_its_settings_for_each_world():
+    """method.md, "Defaults of the paper's runs"; a flag that is given counts."""
+    for flags, wanted in {
+        "--env frozenlake": (200, 8, 16, 1.0, 3600, 0.0),
+        "--env sokoban": (200, 8, 16, 0.25, 3600, 0.0),
+        "--env sudoku --iterations 3": (3, 8, 16, 0.25, 3600, 0.0),
+        "--env shop": (100, 16, 8, 1.0, 8192, 0.001),
+    }.items():
+        config = parse(ActFocusConfig, "", ["--preset", "paper", *flags.split()])
+        assert (
+            config.iterations, config.prompts, config.group_size, config.keep_groups,
+            config.max_tokens, config.kl_coef,
+        ) == wanted  # fmt: skip
+        assert (config.lr, config.minibatch, config.max_turn_tokens) == (1e-6, 32, 400)
+        assert (config.eval_every, config.eval_episodes, config.eval_group_size) == (10, 512, 16)
+        assert (config.clip_low, config.clip_high, config.entropy_coef) == (0.2, 0.28, 0.001)
+    for env, wanted in {"frozenlake": (0.25, 0.0), "shop": (1.0, 0.0)}.items():
+        config = parse(PPOConfig, "", ["--preset", "paper", "--env", env])
+        assert (config.keep_groups, config.kl_coef) == wanted
 
 
 def test_what_was_not_given_is_filled_in_one_place():
