@@ -2,10 +2,9 @@
 
     python train_actfocus.py --resume runs/20261125-120000-frozenlake-seed0
 
-A checkpoint is an arm between two iterations: weights, optimizer, random state, critic, and how
-long each log was. It is written aside, synced and renamed; the last two are kept, and none once the
-run is done. Going on cuts the logs back and plays again what came later: sampling depends on seeds
-alone (rollout.py), so on a processor as many threads make the same logs and weights, byte for byte.
+A checkpoint is an arm between two iterations: weights, optimizer, random state, critic, the lengths
+of the logs. It is written aside, synced and renamed; two are kept, none once the run is done. Going
+on cuts the logs back and plays on from there: the same bytes, on a CPU with as many threads.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import hashlib
 import os
 import pickle
 import random
-import signal
 import sys
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGINT, SIGTERM, signal
 
 import torch
 
@@ -29,8 +27,7 @@ class Checkpoints:
 
     def __init__(self, out: Path, every: int, origin: dict, logs):
         self.out, self.every, self.origin, self.logs = out, every, origin, logs
-        self.folder, self.interrupted = out / "checkpoints", False
-        self.state = {"arm": None}  # that is being gone on from
+        self.folder, self.interrupted, self.state = out / "checkpoints", False, {"arm": None}
 
     def go_on(self) -> str:
         """Take up the last checkpoint and return its arm. ValueError: the run cannot go on."""
@@ -67,14 +64,17 @@ class Checkpoints:
             self.save({"arm": arm, "iteration": iteration, "parts": states, "rng": rng.getstate()})
         if self.interrupted:
             again = f"to go on: python {sys.argv[0]} --resume {self.out}"
-            raise SystemExit(f"interrupted before iteration {iteration} of {arm}; {again}")
+            raise SystemExit(f"interrupted after row {iteration - 1} of {arm}.csv; {again}")
 
     def save(self, state: dict) -> None:
         """Write a checkpoint, then forget the third last. Raises OSError."""
         self.folder.mkdir(exist_ok=True)
         lengths = {log.name: sync(log) for log in self.logs(self.out)}
         earlier, partial = sorted(self.folder.glob("*.pt")), self.folder / "half-written"
-        torch.save(state | {"origin": self.origin, "logs": lengths}, partial)
+        try:
+            torch.save(state | {"origin": self.origin, "logs": lengths}, partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{partial}: {error}") from None
         number = int(earlier[-1].stem.partition("-")[0]) + 1 if earlier else 0
         partial.rename(self.folder / f"{number:06}-{checksum(partial)}.pt")
         sync(self.folder)
@@ -82,12 +82,12 @@ class Checkpoints:
             old.unlink()
 
     def __enter__(self) -> Checkpoints:
-        self.before = {each: signal.signal(each, self.interrupt) for each in (SIGINT, SIGTERM)}
+        self.before = {each: signal(each, self.interrupt) for each in (SIGINT, SIGTERM)}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal(number, handler)
 
     def interrupt(self, number: int, frame) -> None:
         if self.interrupted or not self.every:

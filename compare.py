@@ -3,11 +3,10 @@
     python compare.py --env frozenlake sokoban --arms grpo actfocus --seeds 0-7 --lr 1e-4 3e-4 \\
         --jobs 2 --out runs/compare
 
-Each cell is an ordinary run of train_ppo.py with one arm, in a process and a folder of its own; any
-flag that is not listed here is handed to it (--iterations 40 --prompts 16). Cells that are done are
-not run again, so the same command goes on after an interruption, or with more seeds. The first arm
-is the baseline: with a seed, all arms meet the same prompts, so differences are taken by seed.
---out gets the cells and, of those asked for, compare.csv (all logs), table.txt and compare.png.
+Each cell is a run of train_ppo.py with one arm, in a process and a folder of its own, and gets any
+flag of train_ppo.py (--iterations 40). What is done is not run again: the same command goes
+on after an interruption, or with more seeds. The first arm is the baseline: with a seed, all meet
+the same prompts. --out gets the cells, and of those asked for compare.csv, table.txt, compare.png.
 """
 
 from __future__ import annotations
@@ -52,6 +51,10 @@ class Cell:
         rate = "" if self.lr is None else f"-lr{self.lr:g}"
         return out / self.env / f"{self.arm}{rate}-seed{self.seed}"
 
+    def partial(self, out: Path) -> Path:
+        """The folder while it is being made."""
+        return self.folder(out).with_name(f"{self.folder(out).name}.partial")
+
     def flags(self, rest: list[str]) -> list[str]:
         own = ["--env", self.env, "--arms", self.arm, "--seed", str(self.seed)]
         return [*rest, *own, *([] if self.lr is None else ["--lr", str(self.lr)])]
@@ -68,9 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             start_folder(cell.env, thoughts=configs[cell].thoughts)
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done before; {args.out}")
     failed = run_all(todo, rest, args.out, args.jobs)
-    done = [cell for cell in cells if cell.folder(args.out).exists()]
-    if done:
-        done.sort(key=lambda cell: args.arms.index(cell.arm))
+    cells.sort(key=lambda cell: args.arms.index(cell.arm))
+    if done := [cell for cell in cells if cell.folder(args.out).exists()]:
         report(done, args.out, args.arms[0], args.threshold)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(cells)} cells failed: say it again to try again")
@@ -82,7 +84,6 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --seed would be --seeds
-        epilog="train_ppo.py --help lists the flags that are handed on",
     )
     parser.add_argument("--env", nargs="+", default=["frozenlake"])
     parser.add_argument("--arms", nargs="+", default=["grpo", "actfocus"], choices=list(ARMS))
@@ -111,19 +112,19 @@ def seed_range(text: str) -> range:
 
 # --------------------------------------------------------------------------------------- the cells
 def finished(cell: Cell, config: PPOConfig, out: Path) -> bool:
-    """Is the cell done? SystemExit if it was run with other flags."""
-    folder = cell.folder(out)
-    if not folder.exists():
-        return False
-    if not (folder / "config.json").exists():
-        raise SystemExit(f"{folder} is not a run: remove it, or choose another --out")
+    """Is the cell done? SystemExit if it was run, or begun, with other flags."""
     config.resolve()
-    before = json.loads((folder / "config.json").read_text())
-    for name, value in asdict(config).items():
-        if name not in ("out", "device") and before.get(name, value) != value:
-            was = f"{name} {before[name]}, not {value}"
-            raise SystemExit(f"{folder} was run with {was}: choose another --out, or remove it")
-    return True
+    done = cell.folder(out)
+    for folder in (done, cell.partial(out)):
+        path = folder / "config.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        for name, value in asdict(config).items():
+            if name not in ("out", "device") and before.get(name, value) != value:
+                was = f"{name} {before[name]}, not {value}"
+                raise SystemExit(f"{folder} was run with {was}: choose another --out, or remove it")
+    if done.exists() and not (done / "config.json").exists():
+        raise SystemExit(f"{done} is not a run: remove it, or choose another --out")
+    return done.exists()
 
 
 def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Cell]:
@@ -148,8 +149,7 @@ def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Ce
 
 def run_cell(cell: Cell, rest: list[str], out: Path, environ: dict, processes: list) -> str:
     """Run a cell, or go on with it, and name its folder at the end. Returns what went wrong."""
-    folder = cell.folder(out)
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = cell.partial(out)
     command = [sys.executable, str(TRAINER), *cell.flags(rest), "--out", str(partial)]
     if any(partial.glob("checkpoints/*.pt")):  # it was killed
         command += ["--resume", str(partial)]
@@ -157,13 +157,13 @@ def run_cell(cell: Cell, rest: list[str], out: Path, environ: dict, processes: l
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     with (partial / "output.txt").open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, env=environ, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=environ, stdout=file, stderr=file, process_group=0)
         processes.append(process)
         code = process.wait()
     if code:
         said = (partial / "output.txt").read_text(encoding="utf-8").strip()
         return f"{said.splitlines()[-1] if said else f'exit code {code}'} ({partial}/output.txt)"
-    partial.rename(folder)
+    partial.rename(cell.folder(out))
     return ""
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from arms import ARMS, SIGNALS, Arm
-from report import COLUMNS, logs
+from report import COLUMNS, appended
 from worlds import make_env
 
 
@@ -78,10 +78,10 @@ def resumed(
     before |= {"resume": folder, "out": folder}
     now = parser.parse_args(argv, argparse.Namespace(**before))
     for name, value in vars(now).items():
-        if value != before[name] and name != "out":
+        if value != before[name] and name not in FREE:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} is {value}, but {folder} was run with {before[name]}")
-    return argparse.Namespace(**before)
+    return now
 
 
 def check_bounds(config) -> None:
@@ -101,6 +101,7 @@ def check_bounds(config) -> None:
 
 
 # -------------------------------------------------------------------------- the flags of training
+FREE = ("micro_tokens", "gradient_checkpointing")  # may change on going on: for memory alone
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -180,7 +181,7 @@ class Config:
             )
         if self.model and self.thoughts is not None:
             raise ValueError("--thoughts is of the built-in model: leave it out with --model")
-        if self.out and not self.resume and logs(Path(self.out)):
+        if self.out and not self.resume and appended(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
 
     def resolve(self) -> None:

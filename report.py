@@ -125,7 +125,9 @@ def column(path: Path, name: str) -> tuple[list[int], list[float]]:
 
 
 def draw(out: Path) -> None:
-    """curves.png: every arm that the folder has a log of, one panel a quantity."""
+    """curves.png: every arm that the folder has a log of, if any, one panel a quantity."""
+    if not logs(out):
+        return
     figure = Figure(figsize=(16, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
         title, label = PANELS[name]

@@ -9,6 +9,7 @@ one that ActFocus changes), 7 mini-batch updates, 8 log, 9 draw. One device, no 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -27,8 +28,8 @@ from tqdm import tqdm
 import report
 from actfocus import actfocus_weights, group_advantages, most_varied_groups
 from arms import ARMS, Arm, token_signals
-from checkpoint import Checkpoints
-from config import Config, parse
+from checkpoint import Checkpoints, sync
+from config import FREE, Config, parse
 from energy import TokenStats
 from fused_loss import fused_policy_loss
 from policy import Policy, load_policy
@@ -64,11 +65,11 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
     except torch.OutOfMemoryError:
         turn = "lower --micro-tokens or --prompts, or add --gradient-checkpointing"
         raise SystemExit(f"out of memory on {config.device}: {turn}") from None
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         again = f"--resume {out} goes on from the last checkpoint"
         raise SystemExit(f"{out} cannot be written: {error}; {again}") from None
     finally:  # also when interrupted: what has been done is drawn and stays
-        if report.logs(out):
+        with contextlib.suppress(OSError):  # a full disk, which has been told of
             report.draw(out)  # 9. draw
     print(report.summary(out))
     shutil.rmtree(checkpoints.folder, ignore_errors=True)
@@ -79,7 +80,9 @@ def open_run(
 ) -> tuple[Checkpoints, list[str]]:
     """The checkpoints of a new run or of one to go on with, and the arms that are still to train.
     A folder that cannot be written is found out here, by a first checkpoint."""
-    origin = asdict(config) | {"out": None, "resume": None}
+    origin = asdict(config) | dict.fromkeys(("out", "resume", *FREE))
+    if config.device == "cpu":  # another number rounds otherwise
+        origin["OMP_NUM_THREADS"] = torch.get_num_threads()
     origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
     checkpoints = Checkpoints(out, config.checkpoint_every, origin, report.appended)
     try:
@@ -87,6 +90,7 @@ def open_run(
             return checkpoints, names[names.index(checkpoints.go_on()) :]
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        sync(out / "config.json")
         if config.checkpoint_every:
             checkpoints.save({"arm": names[0], "iteration": 0})
     except (OSError, ValueError) as error:
@@ -107,7 +111,7 @@ def train(
     parts |= {"critic": critic} if critic else {}
     first = checkpoints.restore(name, parts, rng)
     iterations = range(first, config.iterations + 1)
-    progress = tqdm(iterations, desc=name, unit="it", initial=first, dynamic_ncols=True)
+    progress = tqdm(iterations, desc=name, unit="it", initial=first, total=config.iterations + 1)
     for iteration in progress:
         row, last = {"iteration": iteration}, iteration == config.iterations
         # 2. evaluate: before training, every few iterations, and at the end

@@ -164,8 +164,9 @@ class Critic:
                 for batch in rollouts.micro_batches(rows, config.micro_tokens):
                     error = self.predict(rollouts, batch) - returns[batch][response[batch]]
                     (0.5 * error.square().sum() / count).backward()
-                torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                self.optimizer.step()
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                if norm.isfinite():
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
         return self.foresaw
 

@@ -138,7 +138,7 @@ def checksum(folder: Path) -> str:
     """16 hex digits of the SHA-256 over the files of a model and its tokenizer."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.name not in ("start.json", "README.md"):
+        if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "start.json":
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -6,7 +6,8 @@ worlds as its rollouts. Needs `pip install trl==1.16.0`.
 
 ActFocusTrainer takes what GRPOTrainer takes: any tools, environment or reward. Its loss and
 gradient are those of `clipped_loss` with `actfocus_weights` over the rollouts of all processes
-(tests/test_examples.py); settings with which they would silently be others are refused.
+(tests/test_examples.py); settings with which they would silently be others are refused. With vLLM
+TRL also multiplies each token's loss by its importance ratio.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class ActFocusTrainer(GRPOTrainer):
     Raises ValueError for settings with which TRL's loss is no mean over the tokens of one update.
     """
 
-    def __init__(self, model, *args, alpha=0.1, focus=0.5, opening=b"", **options):
-        refuse(options["args"])
+    def __init__(self, model, *, args: GRPOConfig, alpha=0.1, focus=0.5, opening=b"", **options):
+        refuse(args)
         # A copy before TRL changes the model's forward pass. With KL on, TRL has one, too.
         own = model if isinstance(model, str) else copy.deepcopy(model)
-        super().__init__(model, *args, **options)
+        super().__init__(model, args=args, **options)
         self.alpha, self.focus, self.opening = alpha, focus, opening
         if isinstance(own, str):
             own = AutoModelForCausalLM.from_pretrained(own, dtype=self.model.dtype)
@@ -109,6 +110,7 @@ def refuse(args: GRPOConfig) -> None:
         "top_entropy_quantile: it leaves tokens out after they were weighed": (
             args.top_entropy_quantile < 1
         ),
+        "delta: it bounds the ratio once more": args.delta is not None,
         "off_policy_mask_threshold: it takes one advantage a sequence": (
             args.off_policy_mask_threshold is not None
         ),
@@ -162,7 +164,7 @@ def make_trainer(env: str, folder: str, args: GRPOConfig, trainer=ActFocusTraine
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     policy = Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
     prompts = [[{"role": "user", "content": str(seed)}] for seed in range(999)]
-    extra = {"opening": policy.opening} if trainer is ActFocusTrainer else {}
+    extra = {"opening": policy.opening} if issubclass(trainer, ActFocusTrainer) else {}
     return trainer(
         model,
         reward_funcs=earned,

@@ -1,7 +1,8 @@
 """ActFocus in verl: the weights as a function of verl's own tensors, and a trainer that applies
 it. Needs `pip install verl==0.9.0` for the trainer; the function needs torch alone.
 
-    import verl_actfocus      # in the module that verl loads, then: trainer name "actfocus_sync"
+    import verl_actfocus           # where verl's processes start,
+    verl_actfocus.register()       # then choose the trainer "actfocus_sync"
 
 verl's advantages are per token, and its loss with `loss_agg_mode="token-mean"` is a mean over the
 tokens of a mini-batch. So weights that are never negative go into the advantages. What was checked:
@@ -76,7 +77,9 @@ def register() -> None:
             elif "ref_log_prob" in data:
                 signal = data["old_log_probs"] - data["ref_log_prob"]
             else:
-                raise ValueError("no reference to take a signal from: set actor.use_kl_loss=True")
+                raise ValueError(
+                    "no reference to take a signal from: set actor.use_kl_loss=True, kl_loss_coef=0"
+                )
             advantages = weigh(
                 data["responses"],
                 data["response_mask"],

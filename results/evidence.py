@@ -18,20 +18,23 @@ HERE = Path(__file__).parent
 SHOWN = {"final": "evaluation success after the run, %", "training": "mean training success, %"}
 
 
-def cells(folder: Path) -> dict[tuple[str, float, int], dict[str, float]]:
+def by_seed(folder: Path) -> dict[tuple[str, float, int], dict[str, float]]:
     """What was measured of each run of a comparison, by arm, learning rate and seed."""
     with (folder / "compare.csv").open(newline="", encoding="utf-8") as file:
         keys = {(row["arm"], float(row["lr"]), int(row["seed"])) for row in csv.DictReader(file)}
     found = {}
     for arm, lr, seed in sorted(keys):
-        log = folder / "frozenlake" / f"{arm}-lr{lr:g}-seed{seed}" / f"{arm}.csv"
+        named = folder / "frozenlake" / f"{arm}-seed{seed}"  # at the default rate
+        if not named.exists():
+            named = folder / "frozenlake" / f"{arm}-lr{lr:g}-seed{seed}"
+        log = named / f"{arm}.csv"
         found[arm, lr, seed] = measures(log, threshold=0.5)
     return found
 
 
 def draw_rates(folder: Path) -> None:
     """rate.png: both arms at each learning rate, a dot a seed, the mean with its 95 % interval."""
-    found = cells(folder)
+    found = by_seed(folder)
     arms = sorted({arm for arm, _, _ in found}, key=list(ARMS).index)
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, 2), SHOWN.items(), strict=True):
@@ -56,5 +59,37 @@ def draw_rates(folder: Path) -> None:
     figure.savefig(folder / "rate.png", dpi=110)
 
 
+def draw_prediction(signal: Path, folder: Path) -> None:
+    """prediction.png: each arm's signal over noise before training, and what it then gained on GRPO
+    in training over the same seeds."""
+    with signal.open(newline="", encoding="utf-8") as file:
+        ratios = {row["name"]: row for row in csv.DictReader(file)}
+    found = by_seed(folder)
+    seeds = sorted({seed for _, _, seed in found})
+    (rate,) = {lr for _, lr, _ in found}
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for arm in sorted({arm for arm, _, _ in found}, key=list(ARMS).index):
+        x = [float(ratios[arm][f"adam_ratio{end}"]) for end in ("_low", "", "_high")]
+        gains = [
+            found[arm, rate, seed]["training"] - found["grpo", rate, seed]["training"]
+            for seed in seeds
+        ]
+        axes.errorbar(
+            x[1], np.mean(gains), yerr=t_interval(gains), xerr=[[x[1] - x[0]], [x[2] - x[1]]],
+            fmt="o", capsize=3, color=ARMS[arm].color, label=ARMS[arm].label,
+        )  # fmt: skip
+    axes.set(
+        xlabel="signal / noise of the gradient before training (32 rollouts, as Adam sees it)",
+        ylabel="mean training success less GRPO's, points",
+        title=f"FrozenLake, {len(seeds)} seeds: bars are 95 % intervals",
+    )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "prediction.png", dpi=110)
+
+
 if __name__ == "__main__":
     draw_rates(HERE / "rate")
+    draw_prediction(HERE / "signal" / "frozenlake" / "signal.csv", HERE / "ablations")

@@ -155,7 +155,7 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
     monkeypatch.setattr(train_grpo, "update", interrupted)
     before = signal.getsignal(number)
     with pytest.raises(
-        SystemExit, match=f"before iteration 1 of grpo; to go on: python .* --resume {out}"
+        SystemExit, match=f"after row 0 of grpo.csv; to go on: python .* --resume {out}"
     ):
         play(*SMALL, "--model", tiny_folder, "--out", out)
     assert signal.getsignal(number) == before
@@ -222,6 +222,11 @@ def refused(out, *flags):
     return str(error.value)
 
 
+def test_what_is_for_memory_alone_may_change(stopped):
+    play("--resume", stopped, "--micro-tokens", "300", "--gradient-checkpointing")
+    assert len((stopped / "ppo-actfocus.csv").read_text().splitlines()) == 1 + 4
+
+
 def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, capsys):
     assert refused(stopped, "--lr", "0.1", "--prompts", "2") == "2"  # argparse's code
     said = f"--lr is 0.1, but {stopped} was run with 0.001"
@@ -247,6 +252,12 @@ def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, cap
         load = train_grpo.load_policy
         patch.setattr(train_grpo, "load_policy", lambda folder, device: load(other, device))
         assert "weights was " in refused(stopped)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert f"OMP_NUM_THREADS was {threads} and is now {threads + 1}" in refused(stopped)
+    finally:
+        torch.set_num_threads(threads)
     for path in (stopped / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
     assert "holds no checkpoint: the run is done, or never began" in refused(stopped)
@@ -301,22 +312,36 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tiny_folder, tmp_pat
     assert not report.appended(tmp_path / "run")
 
 
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # no file grows beyond it
+sys.path.insert(0, ".")
+from config import parse
+from train_grpo import run
+from train_ppo import Critic, PPOConfig
+config = parse(PPOConfig, "", sys.argv[1:])
+run(config, config.chosen(), make_critic=Critic)
+"""
+
+
+@pytest.mark.parametrize("moment", ["a checkpoint", "a critic's checkpoint", "the weights"])
 def test_a_disk_that_fills_up_loses_what_came_after_the_last_checkpoint(
-    whole, tiny_folder, tmp_path
+    moment, whole, tiny_folder, tmp_path
 ):
-    out, original, calls = tmp_path / "run", torch.save, itertools.count()
-
-    def full(*args):
-        if next(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(SystemExit, match="cannot be written: .*No space.*--resume"):
-            play(*SMALL, "--model", tiny_folder, "--out", out)
-    play("--resume", out)
-    assert left_behind(out) == whole
+    """Of an arm without a critic a checkpoint has three times the weights, of one with it six."""
+    out, weights = tmp_path / "run", (tiny_folder / "model.safetensors").stat().st_size
+    limit = {"a checkpoint": 2, "a critic's checkpoint": 5, "the weights": 0.9}[moment] * weights
+    flags = [*SMALL, "--model", str(tiny_folder), "--out", str(out)]
+    every = ["--checkpoint-every", "0"] if moment == "the weights" else []
+    command = [sys.executable, "-c", FULL_DISK, str(int(limit)), *flags, *every]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"{out} cannot be written" in done.stderr
+    if moment != "the weights":
+        play("--resume", out)
+        assert left_behind(out) == whole
 
 
 def test_out_of_memory_says_which_flags_to_turn(tiny_folder, tmp_path, monkeypatch):

@@ -129,6 +129,11 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_train
     partial = killed.rename(killed.with_name(f"{killed.name}.partial"))
     (partial / "checkpoints").mkdir()
     (partial / "checkpoints" / "000000-0123.pt").write_text("")
+    settings = killed.with_name("grpo-seed4") / "config.json"
+    (partial / "config.json").write_text(settings.read_text())
+    with pytest.raises(SystemExit, match="partial was run with arms grpo, not actfocus"):
+        compare.main(flags)
+    (partial / "config.json").write_text(settings.read_text().replace("grpo", "actfocus"))
     compare.main(flags)
     assert (killed / "resumed").read_text() == str(partial)
     assert (killed / "checkpoints" / "000000-0123.pt").exists()

@@ -74,8 +74,8 @@ def train_one_update(out: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_gradient_in_trl_is_that_of_the_written_loss(processes, tmp_path):
     pytest.importorskip("trl")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += ["--master-port=29571", __file__, str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", __file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     played = [torch.load(path) for path in sorted(tmp_path.glob("rank*.pt"))]
@@ -118,6 +118,7 @@ def test_the_gradient_in_trl_is_that_of_the_written_loss(processes, tmp_path):
         ({"steps_per_generation": 8}, "steps_per_generation=8 and gradient_accumulation_steps=4"),
         ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model"),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ({"delta": 2.0}, "delta"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
     ],
 )
