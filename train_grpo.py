@@ -109,9 +109,8 @@ def train(
     guard, success = Guard(), {}
     parts = {"policy": policy.model, "optimizer": optimizer}  # what training changes
     parts |= {"critic": critic} if critic else {}
-    first = checkpoints.restore(name, parts, rng)
-    iterations = range(first, config.iterations + 1)
-    progress = tqdm(iterations, desc=name, unit="it", initial=first, total=config.iterations + 1)
+    rows = range(checkpoints.restore(name, parts, rng), config.iterations + 1)
+    progress = tqdm(rows, desc=name, initial=rows.start, total=rows.stop, dynamic_ncols=True)
     for iteration in progress:
         row, last = {"iteration": iteration}, iteration == config.iterations
         # 2. evaluate: before training, every few iterations, and at the end
