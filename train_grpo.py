@@ -66,8 +66,7 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
         turn = "lower --micro-tokens or --prompts, or add --gradient-checkpointing"
         raise SystemExit(f"out of memory on {config.device}: {turn}") from None
     except (OSError, safetensors.SafetensorError) as error:
-        again = f"--resume {out} goes on from the last checkpoint"
-        raise SystemExit(f"{out} cannot be written: {error}; {again}") from None
+        raise SystemExit(f"{out} cannot be written: {error}; --resume {out} goes on") from None
     finally:  # also when interrupted: what has been done is drawn and stays
         with contextlib.suppress(OSError):  # a full disk, which has been told of
             report.draw(out)  # 9. draw
