@@ -1,10 +1,13 @@
 """train_grpo.py and train_actfocus.py: the scripts as a user runs them, on tiny settings, and the
 parts of the loop."""
 
+import contextlib
 import csv
+import io
 import json
 import math
 import random
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,20 +38,23 @@ SMALL = (
 )
 
 
-def run_script(script, model, out, *flags):
-    command = [
-        sys.executable,
-        script,
-        "--model",
-        str(model),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        *SMALL.split(),
-        *flags,
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run_script(script, model, out, *flags, process=False):
+    """A script as a user runs it, in this process, which spares imports, or in one of its own."""
+    argv = [script, "--model", str(model), "--out", str(out), "--device", "cpu"]
+    argv += [*SMALL.split(), *flags]
+    if process:
+        command = [sys.executable, *argv]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said, complained, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", argv)
+        with contextlib.redirect_stderr(complained):
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as error:  # as the interpreter ends a script
+                code = error.code if isinstance(error.code, int) else 1
+                complained.write(f"{error.code}\n")
+    return subprocess.CompletedProcess(argv, code, said.getvalue(), complained.getvalue())
 
 
 def read(path):
@@ -59,7 +65,7 @@ def read(path):
 @pytest.fixture(scope="module")
 def both_arms(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "new" / "folder"
-    result = run_script("train_actfocus.py", start, out, "--save")
+    result = run_script("train_actfocus.py", start, out, "--save", process=True)
     assert result.returncode == 0, result.stderr
     return out, result
 
