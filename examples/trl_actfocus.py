@@ -51,11 +51,9 @@ class ActFocusTrainer(GRPOTrainer):
         if isinstance(own, str):
             own = AutoModelForCausalLM.from_pretrained(own, dtype=self.model.dtype)
         self.frozen = own.to(self.accelerator.device).eval().requires_grad_(False)
-        vocabulary, bytes_of = (
-            own.get_output_embeddings().weight.shape[0],
-            token_bytes(self._tokenizer),
-        )
-        self.bytes_of = bytes_of + [b""] * (vocabulary - len(bytes_of))
+        bytes_of = token_bytes(self._tokenizer)
+        padding = len(own.get_output_embeddings().weight) - len(bytes_of)  # ids of no token
+        self.bytes_of = bytes_of + [b""] * padding
 
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
