@@ -85,6 +85,7 @@ class DiagnoseConfig:
     max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
     seed: int = option(0, "of sampling", 0)
     device: str = option(DEVICE, "torch device")
+    bfloat16: bool = option(False, "compute in bfloat16 on a CPU, too")
     out: str | None = option(None, "folder for results; runs/<time>-<env>-diagnosis", kind=str)
 
     def shaping(self) -> dict:
@@ -157,10 +158,10 @@ def load_policies(config: DiagnoseConfig) -> tuple[Policy, Policy]:
     if they cannot be used."""
     try:
         folder = config.model or start_folder(config.env, **config.shaping())
-        reference = load_policy(folder, config.device)
+        reference = load_policy(folder, config.device, config.bfloat16)
         if not config.checkpoint:
             return reference, reference
-        policy = load_policy(config.checkpoint, config.device)
+        policy = load_policy(config.checkpoint, config.device, config.bfloat16)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
     if policy.bytes_of != reference.bytes_of:

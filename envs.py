@@ -167,8 +167,7 @@ class World:
     def reset(self, seed: int) -> str:
         """Start the episode of `seed` and return the first observation."""
         self.seed = seed
-        self.turns_left = self.limit
-        self.done = False
+        self.turns_left, self.malformed, self.done = self.limit, 0, False
         self.heard = ""  # all replies of the episode
         self._lay_out(seed)
         return "\n".join(self._show())
@@ -185,6 +184,7 @@ class World:
         self.done = effect.finished or not self.turns_left
         said, reward = effect.said, effect.reward - self.turn_cost
         if problem:
+            self.malformed += 1
             said = f"{problem} That {self.costs} {said}".rstrip()
             reward += self.format_penalty
         if self.done and not effect.finished:

@@ -68,6 +68,7 @@ class Policy:
         [str], list[int]
     ]  # the template's own text -> ids, with control tokens
     bytes_of: list[bytes]  # by token id; b"" for control tokens and for ids of no token
+    bfloat16: bool = False  # compute in it; always so on CUDA. Trained weights stay float32
     end_of_turn: int = field(init=False)  # the control token that the template closes a turn with
     control_tokens: frozenset[int] = field(init=False)  # any of them ends a turn that samples it
     opening: bytes = field(init=False)  # of a turn, written by the template: b"<think>\n" or b""
@@ -78,6 +79,7 @@ class Policy:
     def __post_init__(self):
         if self.device.type == "cpu":
             use_packed_attention(self.model)
+        self.bfloat16 |= self.device.type == "cuda"
         # Checkpoints pad their vocabulary with ids of no token.
         padding = len(self.head) - len(self.bytes_of)
         self.bytes_of = self.bytes_of + [b""] * padding
@@ -171,16 +173,15 @@ class Policy:
         self._recomputes = True
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on CUDA, float32 elsewhere; trained weights themselves stay float32."""
-        cuda = self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=cuda)
+        """Around whatever is computed from the weights."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def frozen_copy(self) -> Policy:
-        """The same policy with a copy of the weights that never trains: the reference. bfloat16 on
-        CUDA, where it would be read in bfloat16 anyway."""
+        """The same policy with a copy of the weights that never trains: the reference. In bfloat16
+        where it would be read so anyway."""
         frozen = copy.copy(self)
         frozen.model = copy.deepcopy(self.model).requires_grad_(False)
-        if self.device.type == "cuda":
+        if self.bfloat16:
             frozen.model.to(torch.bfloat16)
         return frozen
 
@@ -200,7 +201,7 @@ def describe_tools(tools: list[dict]) -> str:
 
 
 # ------------------------------------------------------------------------------ loading checkpoints
-def load_policy(model: str | Path, device: str = "cpu") -> Policy:
+def load_policy(model: str | Path, device: str = "cpu", bfloat16: bool = False) -> Policy:
     """The policy of a checkpoint: a folder or a hub id of a causal LM with a chat template.
 
     Weights come from safetensors only, as float32, and remote code is never run. Raises ValueError
@@ -219,7 +220,8 @@ def load_policy(model: str | Path, device: str = "cpu") -> Policy:
     # NOTE: not AutoTokenizer: for a Qwen2 it puts Qwen2's own splitting rule in the place of the
     # one in tokenizer.json.
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-    policy = Policy(network.eval(), tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    reader = *encoders(tokenizer), token_bytes(tokenizer)
+    policy = Policy(network.eval(), tokenizer, *reader, bfloat16)
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None]
         logits = network.base_model(input_ids=ids).last_hidden_state @ policy.head.T

@@ -45,7 +45,7 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
     config.resolve()
     try:  # 1. load the policy
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
-        policy = load_policy(folder, config.device)
+        policy = load_policy(folder, config.device, config.bfloat16)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
     if config.gradient_checkpointing:
@@ -139,7 +139,7 @@ def train(
             response = rollouts.response
             reasoning = rollouts.labels == Segment.REASONING
             action = rollouts.labels == Segment.ACTION
-            if policy.device.type == "cuda":  # in bfloat16 a cached decoding step rounds otherwise
+            if policy.bfloat16:  # there a cached decoding step rounds otherwise
                 rollouts.old_logprob = score(policy, rollouts, response, config).logprob
             # 5. advantages: within groups, or of a critic
             if critic is None:

@@ -26,13 +26,14 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import tokenizers
 import torch
 import transformers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from energy import token_stats
 from policy import Policy, encoders, load_policy
@@ -192,12 +193,10 @@ def demonstrations(env, settings: WarmStart) -> list[Episode]:
     return [play_demonstration(env, seed, rng, skill) for seed in seeds]
 
 
-def learn_tokenizer(
-    env, episodes: list[Episode], size: int
-) -> transformers.PreTrainedTokenizerFast:
+def learn_tokenizer(env, episodes: list[Episode], size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE learned from the text that episodes consist of."""
-    blank = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+    blank = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     blank.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     blank.decoder = decoders.ByteLevel()
@@ -211,7 +210,7 @@ def learn_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     blank.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=blank, chat_template=CHAT_TEMPLATE, made_by="actfocus",
         pad_token=SPECIAL[0], extra_special_tokens=[SPECIAL[1]], eos_token=SPECIAL[2],
     )  # fmt: skip
@@ -246,9 +245,7 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
 
     model = policy.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, (0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.lr, total_steps=len(batches), pct_start=0.05
-    )
+    schedule = OneCycleLR(optimizer, settings.lr, total_steps=len(batches), pct_start=0.05)
     progress = tqdm(batches, desc="warm start", unit="step", dynamic_ncols=True)
     for batch in progress:
         ids = pad_sequence([ids for ids, _ in batch], batch_first=True).to(policy.device)  # (B, T)
@@ -268,15 +265,17 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
 # ------------------------------------------------------------------------------------ as a script
 def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: int = 128) -> str:
     """How a policy plays the first episodes of evaluation, in a line."""
+    worlds = [settings.make_env() for _ in range(episodes)]
     seeds = range(EVAL_SEEDS, EVAL_SEEDS + episodes)
-    rollouts = rollout(policy, settings.make_env, seeds, temperature)
+    rollouts = rollout(policy, iter(worlds).__next__, seeds, temperature)
+    malformed = sum(world.malformed for world in worlds) / rollouts.turns.sum().item()
     success = rollouts.success.float().mean().item()
     facts = (rollouts.true_facts.sum() / rollouts.facts.sum().clamp(min=1)).item()
     silent = (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item()
     action = ((rollouts.labels == Segment.ACTION).sum() / rollouts.response.sum()).item()
     return (
-        f"temperature {temperature:g}: success {success:.1%}, {facts:.1%} of the stated facts "
-        f"true, {silent:.1%} of the turns without facts, {action:.1%} of the tokens are action"
+        f"temperature {temperature:g}: success {success:.1%}, {facts:.1%} of the facts true, "
+        f"{silent:.1%} of the turns without, {malformed:.1%} malformed, {action:.1%} action tokens"
     )
 
 
@@ -308,9 +307,9 @@ def make_start(settings: WarmStart, folder: Path) -> None:
     print(text)
 
 
-def teach(model: str, settings: WarmStart, folder: Path, device: str) -> None:
+def teach(model: str, settings: WarmStart, folder: Path, device: str, bfloat16: bool) -> None:
     """Warm-start a checkpoint on the demonstrations of a world, and say what it changed."""
-    policy, env = load_policy(model, device), settings.make_env()
+    policy, env = load_policy(model, device, bfloat16), settings.make_env()
     print(f"before: {measure(policy, settings, 0.5, episodes=32)}")
     imitate(policy, env, demonstrations(env, settings), settings)
     policy.save(folder)
@@ -330,18 +329,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--episode-steps", type=int, help="on whole episodes (1200; 0)")
     parser.add_argument("--lr", type=float, help="learning rate (3e-3; 1e-4)")
     parser.add_argument("--device", default="cpu", help="for --model")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in it on a CPU, too")
     args = parser.parse_args(argv)
     if args.model and not args.out:
         parser.error("--model needs --out: a checkpoint is never written over")
     settings = WarmStart(args.env, seed=args.seed)
     if args.model:
-        settings = replace(settings, episodes=1000, window_steps=300, episode_steps=0)
-        settings = replace(settings, window_batch=4, lr=1e-4)
+        settings = replace(settings, episodes=1000, window_steps=300, window_batch=4)
+        settings = replace(settings, episode_steps=0, lr=1e-4)
     for name in ("thoughts", "skill", "episodes", "window_steps", "episode_steps", "lr"):
         if getattr(args, name) is not None:
             settings = replace(settings, **{name: getattr(args, name)})
     if args.model:
-        teach(args.model, settings, args.out, args.device)
+        teach(args.model, settings, args.out, args.device, args.bfloat16)
     else:
         make_start(settings, args.out or STARTS / args.env)
 

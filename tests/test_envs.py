@@ -438,6 +438,7 @@ def test_every_episode_ends_within_its_limit_and_its_bounds_and_success_beats_al
             assert step.done == (step.finished or turns == env.limit)
             out_of_turns = f"no {env.unit}s left." in step.observation
             assert out_of_turns == (step.done and not step.finished)
+        assert env.malformed == malformed
         earned = total - env.format_penalty * malformed
         solved += step.success
         worst = -env.turn_cost * turns

@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICES
 
 from envs import Step, tool_schema
-from policy import Policy, load_policy
+from policy import load_policy
 from rollout import PreallocatedLayer, rollout, sample
 from segment import Segment, segment_turn
 from worlds import make_env
@@ -281,13 +281,10 @@ def test_take_selects_episodes(tiny):
     )
 
 
-def test_under_autocast_keys_and_values_are_cached_in_its_dtype(built_in, monkeypatch):
+def test_in_bfloat16_keys_and_values_are_cached_in_it(start, monkeypatch):
     """Rotary embeddings leave keys in float32: without a cast as the cache is written, every
-    decoding step on CUDA would cast the whole key cache. Shown on the CPU, with autocast on."""
-    monkeypatch.setattr(
-        Policy, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16, enabled=True)
-    )
-    seen = []
+    decoding step would cast the whole key cache."""
+    policy, seen = load_policy(start, bfloat16=True), []
     update = PreallocatedLayer.update
 
     def spy(layer, keys, values, *args, **kwargs):
@@ -296,7 +293,7 @@ def test_under_autocast_keys_and_values_are_cached_in_its_dtype(built_in, monkey
         return cached
 
     monkeypatch.setattr(PreallocatedLayer, "update", spy)
-    rollouts, _ = play(built_in, [1, 2, 3], lambda: make_env("frozenlake"), max_turn_tokens=160)
+    rollouts, _ = play(policy, [1, 2, 3], lambda: make_env("frozenlake"), max_turn_tokens=160)
     assert {dtypes[1:] for dtypes in seen} == {(torch.bfloat16,) * 4}
     assert seen[0][0] == torch.float32  # what the model hands over: the reason for the cast
     assert rollouts.facts.sum() > 10  # and it still plays

@@ -98,6 +98,19 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
     assert "too few to tell" in paired
 
 
+def test_in_bfloat16_the_ratio_of_a_first_update_is_one(start, tmp_path):
+    """A decoding step with a cache rounds otherwise than a whole forward pass: what was sampled is
+    scored again, or the first update would see a policy that has moved. Weights stay float32."""
+    flags = ("--bfloat16", "--arms", "actfocus", "--save", "--minibatch", "8", "--iterations", "1")
+    result = run_script("train_actfocus.py", start, tmp_path / "run", *flags)
+    assert result.returncode == 0, result.stderr
+    row = read(tmp_path / "run" / "actfocus.csv")[0]
+    assert abs(float(row["kl"])) < 1e-7 and float(row["clip_fraction"]) == 0
+    assert float(row["grad_norm"]) > 0
+    assert load_policy(tmp_path / "run" / "actfocus").head.dtype == torch.float32
+    assert load_policy(start, bfloat16=True).frozen_copy().head.dtype == torch.bfloat16
+
+
 def test_the_paired_difference_by_hand(tmp_path):
     """Over the prompts that both arms played in the same iteration: gains 0.5, 0 and 0.25."""
     lines = ["arm,iteration,prompt,success", "grpo,0,7,0.25", "grpo,0,8,0.5", "grpo,1,7,0.5"]

@@ -248,6 +248,7 @@ def test_the_script_teaches_a_checkpoint_without_writing_over_it(
     main([*command, *small, "--out", str(tmp_path / "taught")])
     said = capsys.readouterr().out
     assert "before: temperature 0.5" in said and "after:  temperature 0.5" in said
+    assert said.count("100.0% malformed") == 2  # it still babbles
     assert (tiny_folder / "model.safetensors").read_bytes() == before
     taught, untaught = load_policy(tmp_path / "taught"), load_policy(tiny_folder)
     env = make_env("sokoban")
