@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from segment import token_bytes
 
-# Qwen2.5's words, for chat templates that ignore tools.
+# Qwen2.5's words, for chat templates that do not say them.
 TOOLS_PROMPT = """
 
 # Tools
@@ -84,7 +84,11 @@ class Policy:
         padding = len(self.head) - len(self.bytes_of)
         self.bytes_of = self.bytes_of + [b""] * padding
         self.control_tokens = frozenset(i for i, piece in enumerate(self.bytes_of) if not piece)
-        *_, closing, after = self._framing(["system", "user", "assistant", "tool"])
+        try:
+            *_, closing, after = self._framing(["system", "user", "assistant", "tool"])
+        except ValueError:  # Gemma's has no tool messages, Llama 3's makes a JSON string of them
+            *_, closing, after = self._framing(["system", "user", "assistant", "user"])
+            closing, after = f"{closing}<tool_response>\n", f"\n</tool_response>{after}"
         self.end_of_turn, *self._before_result = self.encode_framing(closing or "?")
         self._after_result = self.encode_framing(after)
         if self.end_of_turn not in self.control_tokens:
@@ -99,8 +103,11 @@ class Policy:
     def _framing(self, roles: list[str], tools: list[dict] | None = None) -> list[str]:
         """The template's own text before, between and after one message per role, the last followed
         by the opening of an assistant's turn."""
-        messages = [{"role": role, "content": f"@{role}@"} for role in roles]
         named = ", ".join(roles)
+        contents = [f'@{place} "{role}"\n@' for place, role in enumerate(roles)]
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, contents, strict=True)
+        ]
         try:
             shown = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=True
@@ -109,23 +116,24 @@ class Policy:
             raise ValueError(
                 f"the chat template refuses one of the messages {named}: {error}"
             ) from None
-        pieces = re.split("|".join(message["content"] for message in messages), shown)
-        if len(pieces) != len(roles) + 1:
+        pattern = "(.*?)".join(["", *map(re.escape, contents), ""])
+        pieces = re.fullmatch(pattern, shown, re.DOTALL)
+        if pieces is None:
             raise ValueError(
-                f"the chat template loses one of the messages {named}: choose one that takes tools"
+                f"the chat template does not show the messages {named} in this order as they are"
             )
-        return pieces
+        return list(pieces.groups())
 
     def prompt(self, system: str, tools: list[dict], observation: str) -> list[int]:
         """The ids of an episode up to its first assistant turn."""
         key = json.dumps([system, tools])
         if key not in self._prompts:  # rendering a template is slow, and episodes share it
             framing = self._framing(["system", "user"], tools)
-            if tools and not all(tool["function"]["name"] in "".join(framing) for tool in tools):
+            if tools and not shows_tools("".join(framing), tools):
                 if not self._noted:
                     self._noted = True
-                    note = "the chat template ignores tools: they are put into the system message"
-                    print(f"note: {note}", file=sys.stderr)
+                    why = "the chat template ignores tools, or wants calls of another form"
+                    print(f"note: {why}: they are put into the system message", file=sys.stderr)
                 framing = self._framing(["system", "user"])
                 system += describe_tools(tools)
             before, between, after = map(self.encode_framing, framing)
@@ -189,6 +197,14 @@ class Policy:
         """Write a checkpoint that `load_policy(folder)` and any Hugging Face tool can load."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def shows_tools(framing: str, tools: list[dict]) -> bool:
+    """Does a chat template show tools as Qwen2.5's does, or at least ask for no other calls than
+    <tool_call>{"name", "arguments"}</tool_call>?"""
+    named = all(tool["function"]["name"] in framing for tool in tools)
+    another = "<tool_call>" in framing and '"arguments"' not in framing
+    return named and "<tools>" in framing and not another
 
 
 def describe_tools(tools: list[dict]) -> str:
