@@ -151,6 +151,7 @@ class Config:
     kl_coef: float = option(0.0, "penalty on the KL divergence from the reference; 0: off", 0)
     keep_groups: float = option(1.0, "share of groups trained on, by reward variance", 0.01, 1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", 1e-6)
+    play_batch: int = option(256, "rollouts played at once", 1)
     max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
     max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
     eval_every: int = option(5, "iterations between evaluations", 1)

@@ -79,7 +79,7 @@ class DiagnoseConfig:
     temperature: float = option(1.0, "sampling temperature", 0.01)
     alpha: float = option(0.1, "weight of reasoning tokens in the pictures of tokens", 0, 1)
     beta: float = option(0.5, "how much more an uncertain action token weighs there", 0)
-    batch: int = option(256, "rollouts played at once", 1)
+    play_batch: int = option(256, "rollouts played at once", 1)
     micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
     max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
     max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
@@ -112,7 +112,9 @@ def diagnose(config: DiagnoseConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     groups, blocks, wanted = [], [], min(config.blocks, config.groups // PROMPTS_PER_BLOCK)
-    at_once = PROMPTS_PER_BLOCK * max(1, config.batch // config.group_size // PROMPTS_PER_BLOCK)
+    at_once = PROMPTS_PER_BLOCK * max(
+        1, config.play_batch // config.group_size // PROMPTS_PER_BLOCK
+    )
     starts = range(0, config.groups, at_once)
     for start in tqdm(starts, desc="groups", unit="batch", dynamic_ncols=True):
         stop = min(start + at_once, config.groups)

@@ -76,7 +76,11 @@ class Rollouts:
 class PreallocatedLayer(DynamicLayer):
     """A cache layer that doubles its buffers instead of copying everything at each step, as
     `torch.cat` would. Keys take the dtype of values: under autocast rotary embeddings leave them in
-    float32, and each step would cast all of them again."""
+    float32, and each step would cast all of them again. limit: positions that will ever come."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple:
         new = key_states.to(value_states.dtype), value_states  # (B, heads, new positions, D) each
@@ -87,7 +91,7 @@ class PreallocatedLayer(DynamicLayer):
         start = self.keys.shape[2]
         stop = start + new[0].shape[2]
         if stop > self.buffers[0].shape[2]:
-            self._move_to_buffers(self.keys, self.values, room=2 * stop)
+            self._move_to_buffers(self.keys, self.values, max(stop, min(2 * stop, self.limit)))
         for buffer, states in zip(self.buffers, new, strict=True):
             buffer[:, :, start:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
@@ -114,7 +118,6 @@ class Row:
     """One episode in play: the tokens known so far, of which the cache may hold fewer, and the turn
     being sampled."""
 
-    index: int  # in the caller's seeds
     env: object
     uniforms: np.ndarray  # one number in [0, 1) per position
     ids: list[int] = field(default_factory=list)
@@ -161,8 +164,10 @@ def rollout(
     max_turn_tokens: int = 160,
     max_tokens: int = 4096,
     sampling_seed: int = 0,
+    at_once: int = 256,
 ) -> Rollouts:
-    """Play one episode per seed, all in one batch. A seed given G times makes a GRPO group of G.
+    """Play one episode per seed, `at_once` of them in a batch. A seed that is given G times makes a
+    GRPO group of G.
 
     A turn ends at the end-of-turn token, at any other control token, or after `max_turn_tokens`; an
     episode that reaches `max_tokens` positions ends there as it stands. The random numbers of an
@@ -173,32 +178,39 @@ def rollout(
     if not len(seeds) or not temperature > 0:
         raise ValueError(f"{len(seeds)} seeds at temperature {temperature}: both must be positive")
     rows = start_rows(policy, env_factory, seeds, sampling_seed, max_tokens)
-    finished, device = [], policy.device
-    layers = [PreallocatedLayer() for _ in range(policy.model.config.num_hidden_layers)]
-    cache = Cache(layers=layers)
     with policy.autocast():  # once around all steps: it casts the weights once
-        position, hidden = prefill(policy, rows, cache)
-        while True:
-            # `hidden` predicts the token at `position`: a row that does not know it samples it.
-            uniforms = [row.uniforms[position] for row in rows]
-            tokens, logprobs = sample(hidden, policy.head, temperature, uniforms)
-            for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-                if len(row.ids) == position and not row.done:
-                    row.sample(token, logprob)
-                    if token in policy.control_tokens or len(row.turn) == max_turn_tokens:
-                        row.end_turn(policy)
-            position += 1
-            playing = [i for i, row in enumerate(rows) if not row.done]
-            if not playing or position == max_tokens:
-                finished += rows
-                return collate(policy, sorted(finished, key=lambda row: row.index), position)
-            if len(playing) < 0.9 * len(rows):  # several leave at a time, since the cache is copied
-                finished += [row for row in rows if row.done]
-                rows = [rows[i] for i in playing]
-                cache.batch_select_indices(torch.tensor(playing, device=device))
-            fed = [row.ids[position - 1] if position <= len(row.ids) else 0 for row in rows]
-            ids = torch.tensor(fed, device=device)[:, None]  # (rows, 1)
-            hidden = policy.hidden(ids, cache)[:, -1]  # (rows, H)
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            play_rows(policy, some, temperature, max_turn_tokens, max_tokens)
+    return collate(policy, rows, max_tokens)
+
+
+def play_rows(
+    policy: Policy, rows: list[Row], temperature: float, max_turn_tokens: int, max_tokens: int
+) -> None:
+    """Play the episodes of one batch, in place."""
+    layers = [PreallocatedLayer(max_tokens) for _ in range(policy.model.config.num_hidden_layers)]
+    cache = Cache(layers=layers)
+    position, hidden = prefill(policy, rows, cache)
+    while True:
+        # `hidden` predicts the token at `position`: a row that does not know it samples it.
+        uniforms = [row.uniforms[position] for row in rows]
+        tokens, logprobs = sample(hidden, policy.head, temperature, uniforms)
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if len(row.ids) == position and not row.done:
+                row.sample(token, logprob)
+                if token in policy.control_tokens or len(row.turn) == max_turn_tokens:
+                    row.end_turn(policy)
+        position += 1
+        playing = [i for i, row in enumerate(rows) if not row.done]
+        if not playing or position == max_tokens:
+            return
+        if len(playing) < 0.9 * len(rows):  # several leave at a time, since the cache is copied
+            rows = [rows[i] for i in playing]
+            cache.batch_select_indices(torch.tensor(playing, device=policy.device))
+        fed = [row.ids[position - 1] if position <= len(row.ids) else 0 for row in rows]
+        ids = torch.tensor(fed, device=policy.device)[:, None]  # (rows, 1)
+        hidden = policy.hidden(ids, cache)[:, -1]  # (rows, H)
 
 
 def repeated(seeds: Sequence[int], times: int) -> list[int]:
@@ -215,7 +227,7 @@ def start_rows(
 ) -> list[Row]:
     """A row per seed, with its prompt as the first tokens."""
     rows, seen = [], Counter()
-    for index, seed in enumerate(seeds):
+    for seed in seeds:
         env = env_factory()
         prompt = policy.prompt(env.system, env.tools, env.reset(seed))
         if len(prompt) >= max_tokens:
@@ -225,7 +237,7 @@ def start_rows(
             )
         generator = np.random.default_rng([sampling_seed, seed, seen[seed]])
         seen[seed] += 1
-        row = Row(index, env, generator.random(max_tokens, dtype=np.float32))
+        row = Row(env, generator.random(max_tokens, dtype=np.float32))
         row.force(prompt)
         rows.append(row)
     return rows

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import memory
 import report
 from actfocus import actfocus_weights, group_advantages, most_varied_groups
 from arms import ARMS, Arm, token_signals
@@ -45,6 +46,7 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
     config.resolve()
     try:  # 1. load the policy
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
+        memory.announce(folder, config, arms.values())
         policy = load_policy(folder, config.device, config.bfloat16)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
@@ -63,8 +65,7 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
                 if config.save:
                     policy.save(out / name)
     except torch.OutOfMemoryError:
-        turn = "lower --micro-tokens or --prompts, or add --gradient-checkpointing"
-        raise SystemExit(f"out of memory on {config.device}: {turn}") from None
+        raise SystemExit(f"out of memory on {config.device}: {memory.ADVICE}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{out} cannot be written: {error}; --resume {out} goes on") from None
     finally:  # also when interrupted: what has been done is drawn and stays
@@ -80,8 +81,7 @@ def open_run(
     """The checkpoints of a new run or of one to go on with, and the arms that are still to train.
     A folder that cannot be written is found out here, by a first checkpoint."""
     origin = asdict(config) | dict.fromkeys(("out", "resume", *FREE))
-    if config.device == "cpu":  # another number rounds otherwise
-        origin["OMP_NUM_THREADS"] = torch.get_num_threads()
+    origin["OMP_NUM_THREADS"] = torch.get_num_threads() * (config.device == "cpu")  # for rounding
     origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
     checkpoints = Checkpoints(out, config.checkpoint_every, origin, report.appended)
     try:
@@ -104,8 +104,7 @@ def train(
     """Train one arm in place, logging to out/<name>.csv. critic: of train_ppo.py, for PPO."""
     reference = policy.frozen_copy() if arm.beta or config.kl_coef else None
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
-    rng = random.Random(config.seed)
-    guard, success = Guard(), {}
+    rng, guard, success = random.Random(config.seed), Guard(), {}
     parts = {"policy": policy.model, "optimizer": optimizer}  # what training changes
     parts |= {"critic": critic} if critic else {}
     rows = range(checkpoints.restore(name, parts, rng), config.iterations + 1)
@@ -261,6 +260,7 @@ def play(
     return rollout(
         policy, lambda: make_env(config.env), seeds, temperature, sampling_seed=sampling_seed,
         max_turn_tokens=config.max_turn_tokens, max_tokens=config.max_tokens,
+        at_once=config.play_batch,
     )  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, cap
     (other / "model.safetensors").write_bytes(weights)
     with pytest.MonkeyPatch.context() as patch:
         load = train_grpo.load_policy
-        patch.setattr(train_grpo, "load_policy", lambda folder, device: load(other, device))
+        patch.setattr(train_grpo, "load_policy", lambda folder, *how: load(other, *how))
         assert "weights was " in refused(stopped)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -349,7 +349,7 @@ def test_out_of_memory_says_which_flags_to_turn(tiny_folder, tmp_path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(train_grpo, "update", hungry)
-    with pytest.raises(SystemExit, match="out of memory on cpu: lower --micro-tokens or --prompts"):
+    with pytest.raises(SystemExit, match="out of memory on cpu: lower --micro-tokens or add"):
         play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
 
 

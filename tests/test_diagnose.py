@@ -222,7 +222,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis")
-    flags = f"--model {tiny_folder} --groups 9 --group-size 4 --batch 12 --max-turn-tokens 40"
+    flags = f"--model {tiny_folder} --groups 9 --group-size 4 --play-batch 12 --max-turn-tokens 40"
     command = [sys.executable, "diagnose.py", *flags.split(), "--device", "cpu", "--out", str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -147,8 +147,9 @@ def test_batch_size_and_order_change_nothing(built_in):
     whole, _ = play(built_in, seeds, lambda: make_env("frozenlake"), max_turn_tokens=160)
     for order in ([10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [4, 0, 8, 2]):
         other, _ = play(
-            built_in, [seeds[i] for i in order], lambda: make_env("frozenlake"), max_turn_tokens=160
-        )
+            built_in, [seeds[i] for i in order], lambda: make_env("frozenlake"),
+            max_turn_tokens=160, at_once=3,
+        )  # fmt: skip
         for row, i in enumerate(order):
             equal = [j for j, seed in enumerate(seeds) if seed == seeds[i]]
             twin = equal[
@@ -233,7 +234,7 @@ def test_episodes_are_cut_at_the_token_limit(policy):
 
 
 def test_the_cache_keeps_what_it_was_given_whatever_is_selected():
-    generator, layer = torch.Generator().manual_seed(0), PreallocatedLayer()
+    generator, layer = torch.Generator().manual_seed(0), PreallocatedLayer(limit=33)
     expected = torch.zeros(3, 2, 0, 4), torch.zeros(3, 2, 0, 4)
     for step in range(40):
         if step in (7, 20, 21):
@@ -300,7 +301,7 @@ def test_in_bfloat16_keys_and_values_are_cached_in_it(start, monkeypatch):
 
 
 def test_selected_rows_share_nothing_with_what_they_were(built_in):
-    layer = PreallocatedLayer()
+    layer = PreallocatedLayer(limit=8)
     ones = torch.ones(2, 1, 3, 4)
     layer.update(ones, ones)
     before = layer.keys

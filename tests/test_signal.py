@@ -186,7 +186,7 @@ def test_the_order_of_blocks_does_not_matter():
 # ------------------------------------------------------------------------------------- the command
 def test_diagnose_writes_the_signal(start, tmp_path, capsys):
     config = DiagnoseConfig(
-        model=str(start), groups=8, blocks=4, group_size=4, batch=16, device="cpu",
+        model=str(start), groups=8, blocks=4, group_size=4, play_batch=16, device="cpu",
         max_turn_tokens=120, max_tokens=900, out=str(tmp_path / "out"),
     )  # fmt: skip
     diagnose(config)

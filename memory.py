@@ -1,0 +1,165 @@
+"""What a run needs of a device's memory, by part, before anything large is allocated.
+
+    parts = estimate(transformers.AutoConfig.from_pretrained(MODEL), "cuda", ...)
+    print(describe(parts, there=80e9))
+
+Two moments count. While updating there are weights, gradients, Adam's two moments, the reference,
+the activations of a micro-batch and the loss; while playing, the key-value cache instead of
+gradients, activations and loss. What a layer keeps for its backward pass is not guessed by a
+formula: one of the same shape is run on a few tokens, and what autograd saves is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+
+import torch
+import transformers
+
+from arms import Arm
+from energy import CHUNK_ELEMENTS
+from report import LARGE
+
+Parts = dict[str, dict[str, float]]  # bytes by moment and part
+SPARE = {
+    "updating": "lower --micro-tokens or add --gradient-checkpointing",
+    "playing": "lower --play-batch or --max-tokens",
+}
+ADVICE = "; ".join(SPARE.values())
+
+
+def announce(model: str, config, arms: Iterable[Arm]) -> None:
+    """Print what a run of train_grpo.py will need. model: folder or hub id; config: the flags."""
+    try:
+        parts = estimate(
+            transformers.AutoConfig.from_pretrained(model),
+            config.device,
+            bfloat16=config.bfloat16,
+            reference=any(arm.beta for arm in arms) or config.kl_coef > 0,
+            critic=any(arm.critic for arm in arms),
+            recompute=config.gradient_checkpointing,
+            micro_tokens=config.micro_tokens,
+            rollouts=min(
+                config.play_batch, max(config.prompts * config.group_size, config.eval_episodes)
+            ),
+            max_tokens=config.max_tokens,
+        )
+        print(describe(parts, available(config.device)))
+    except Exception as error:  # of a model of an odd shape, which may well train
+        print(f"note: the memory that this takes cannot be estimated: {error}")
+
+
+def estimate(
+    shape: transformers.PretrainedConfig, device: str, *,
+    bfloat16: bool, reference: bool, critic: bool, recompute: bool,
+    micro_tokens: int, rollouts: int, max_tokens: int,
+) -> Parts:  # fmt: skip
+    """Bytes by part, while updating and while playing.
+
+    shape: of the model. bfloat16: what it computes in (on CUDA it always does). reference, critic:
+    is there one? recompute: gradient checkpointing. rollouts: as many play at once, to at most
+    max_tokens each: the cache is what it can become.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    bfloat16 = bfloat16 or not on_cpu
+    size = 2 if bfloat16 else 4  # bytes of a number that is computed with
+    network = empty_model(shape)
+    parameters = sum(p.numel() for p in network.parameters())
+    vocabulary, width = network.get_output_embeddings().weight.shape
+    layers, heads = shape.num_hidden_layers, shape.num_attention_heads
+    head_width = getattr(shape, "head_dim", None) or width // heads
+    heads = getattr(shape, "num_key_value_heads", None) or heads
+    always = {
+        "weights": 4 * parameters,
+        "Adam": 8 * parameters,
+        "reference": size * parameters * reference,
+        "critic": 16 * parameters * critic,  # weights, gradients, Adam
+        "start": 4 * parameters * on_cpu,  # else it is in the host's memory
+        "bfloat16 copy": 2 * parameters * bfloat16,
+    }
+    layer = saved_by_layer(
+        shape, bfloat16
+    )  # recomputed: of each layer what goes in, and of one all
+    by_token = (4 * layers * width + layer) if recompute else layers * layer
+    by_token += layer  # the gradients that pass through one
+    kept = 2 * (parameters <= LARGE)  # successive gradients, to compare them
+    chunk = min(CHUNK_ELEMENTS * (2 if on_cpu else 8), micro_tokens * vocabulary)
+    updating = {
+        "gradients": 4 * (1 + kept) * parameters,
+        "activations": by_token * micro_tokens,
+        "loss": 4 * (2 * chunk + vocabulary * width),  # logits, and a gradient of the head
+    }
+    playing = {
+        "key-value cache": 2 * layers * heads * head_width * size * rollouts * max_tokens,
+        "logits": 16 * rollouts * vocabulary,
+    }
+    return {"updating": always | updating, "playing": always | playing}
+
+
+def empty_model(shape: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """The model without its numbers."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(shape)
+
+
+def saved_by_layer(shape: transformers.PretrainedConfig, bfloat16: bool) -> float:
+    """Bytes that one layer keeps of each token for its backward pass, measured."""
+    one, two = (
+        saved_by_trunk(shape, layers, 64, bfloat16) - saved_by_trunk(shape, layers, 32, bfloat16)
+        for layers in (1, 2)
+    )
+    return (two - one) / 32
+
+
+def saved_by_trunk(
+    shape: transformers.PretrainedConfig, layers: int, tokens: int, bfloat16: bool
+) -> int:
+    """Bytes that a model of so many layers, and next to no vocabulary, keeps of so many tokens."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers, shape.vocab_size, shape.pad_token_id = layers, 8, None
+    if kinds := getattr(shape, "layer_types", None):
+        shape.layer_types = kinds[:layers]
+    trunk = empty_model(shape).base_model.to_empty(device="cpu").train()
+    own = {p.untyped_storage()._cdata for p in trunk.parameters()}
+    found = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage
+        return tensor
+
+    watch = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with watch, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        trunk(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+    return sum(storage.nbytes() for storage in found.values())
+
+
+def available(device: str) -> int:
+    """Bytes of memory of a device; for a processor, of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def describe(parts: Parts, there: float) -> str:
+    """A line a moment, and one of advice if a moment needs more than there is.
+
+    >>> print(describe({"updating": {"weights": 3e9, "loss": 1e8}, "playing": {"cache": 9e9}}, 8e9))
+    memory while updating: 3.1 GB (weights 3.0, loss 0.1)
+    memory while playing, at most: 9.0 GB (cache 9.0)
+    There are 8.0 GB: lower --play-batch or --max-tokens.
+    """
+    lines, advice = [], []
+    for moment, by_part in parts.items():
+        total = sum(by_part.values())
+        shown = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in by_part.items() if size)
+        bound = ", at most" if moment == "playing" else ""
+        lines.append(f"memory while {moment}{bound}: {total / 1e9:.1f} GB ({shown})")
+        if total > there:
+            advice.append(SPARE[moment])
+    if advice:
+        lines.append(f"There are {there / 1e9:.1f} GB: {'; '.join(advice)}.")
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""memory.py: the estimate against what a run takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from test_train import run_script
+
+import memory
+from policy import load_policy
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {
+    "hidden_size": 384, "intermediate_size": 1280, "num_hidden_layers": 8,
+    "num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+RUN = """
+import json, resource, sys
+import torch
+import memory, train_grpo, transformers
+from config import ActFocusConfig
+from policy import load_policy
+from warm_start import STARTS
+model, out, *more = sys.argv[1:]
+config = ActFocusConfig(
+    model=model, out=out, iterations=1, prompts=1, group_size=4, minibatch=4, eval_episodes=1,
+    micro_tokens=3200, max_tokens=800, checkpoint_every=0, device="cpu",
+    gradient_checkpointing="recompute" in more, bfloat16="bfloat16" in more,
+)
+said = []
+memory.describe = lambda parts, there: said.append(parts)
+page = resource.getpagesize()
+small = load_policy(STARTS / "frozenlake")  # what is imported late is no part of it
+small.hidden(torch.zeros(1, 500, dtype=torch.int64)).sum().backward()
+before = int(open("/proc/self/statm").read().split()[1]) * page
+arms = {"actfocus": config.chosen()["actfocus"]}
+train_grpo.run(config, arms)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([peak - before, {moment: sum(by.values()) for moment, by in said[0].items()}]))
+"""
+
+
+@pytest.fixture(scope="module")
+def larger(start, tmp_path_factory):
+    """A model that is large enough to be weighed: 15M parameters."""
+    folder = tmp_path_factory.mktemp("larger")
+    tokenizer = load_policy(start).tokenizer
+    config = transformers.Qwen2Config(
+        **SHAPE, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("more", [[], ["recompute"]])
+def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
+    command = [sys.executable, "-c", RUN, str(larger), str(tmp_path / "run"), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    taken, said = json.loads(done.stdout.splitlines()[-1])
+    assert taken == pytest.approx(max(said.values()), rel=0.25)
+
+
+def test_a_model_that_does_not_fit_is_told_of_before_it_is_loaded(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1e8)
+    monkeypatch.setattr("train_grpo.load_policy", lambda *_: sys.exit("loaded"))
+    result = run_script("train_actfocus.py", start, tmp_path / "run")
+    assert "There are 0.1 GB: lower --micro-tokens or add --gradient-checkpointing" in result.stdout
+    assert result.stderr.endswith("loaded\n")
+
+
+def test_an_estimate_that_fails_ends_no_run(tmp_path, capsys):
+    memory.announce(str(tmp_path / "nothing"), None, [])
+    assert "note: the memory that this takes cannot be estimated" in capsys.readouterr().out
+
+
+QWEN25 = {  # hidden, intermediate, layers, heads
+    "0.5B": (896, 4864, 24, 14),
+    "1.5B": (1536, 8960, 28, 12),
+    "3B": (2048, 11008, 36, 16),
+}
+
+
+def test_what_the_readme_says_of_qwen():
+    """At the paper's settings, with gradient checkpointing, 128 rollouts at once."""
+    most = []
+    for hidden, intermediate, layers, heads in QWEN25.values():
+        shape = transformers.Qwen2Config(
+            vocab_size=151_936, hidden_size=hidden, intermediate_size=intermediate,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+        parts = memory.estimate(
+            shape, "cuda", bfloat16=True, reference=True, critic=False, recompute=True,
+            micro_tokens=8192, rollouts=128, max_tokens=3600,
+        )  # fmt: skip
+        most.append(max(sum(by_part.values()) for by_part in parts.values()) / 1e9)
+    said = "0.5B, 1.5B and 3B take {:.0f}, {:.0f} and {:.0f} GB".format(*most)
+    assert said in " ".join((ROOT / "README.md").read_text().split())
