@@ -1,6 +1,7 @@
-"""Three more worlds: Sokoban, Sudoku and a shop, and `make_env`, which makes any of the four.
+"""More worlds: Sokoban, Sudoku, a shop, and a lake on which the thought decides; and `make_env`,
+which makes any of the five.
 
-    env = make_env("sokoban")                # or frozenlake, sudoku, shop
+    env = make_env("sokoban")                # or frozenlake, sudoku, shop, ...
     env = make_env("frozenlake", thoughts=0, slip=0.2)
 
 Solving any of them earns 1 (Sokoban: up to a tenth more), so that rewards compare. Each checks the
@@ -28,6 +29,7 @@ from envs import (
     choose,
     draw_board,
     offset,
+    read_call,
     shortest_walk,
     tool_schema,
     write_turn,
@@ -554,7 +556,25 @@ class Shop(World):
         return [*lines, f"Wanted: {wanted}. Turns left {self.turns_left}"]
 
 
-ENVIRONMENTS = {"frozenlake": FrozenLake, "sokoban": Sokoban, "sudoku": Sudoku, "shop": Shop}
+# ------------------------------------------------------------------------ when the thought decides
+class PlannedLake(FrozenLake):
+    """FrozenLake, but a demonstrated thought ends with its decision ("So I go left."), and the call
+    only repeats it. ActFocus should not help here: what can be learned is decided in reasoning
+    tokens (results/evidence.md)."""
+
+    def demonstrate(self, rng: random.Random, skill: float) -> str:
+        turn = super().demonstrate(rng, skill)
+        call, _ = read_call(turn, self.tools)
+        return turn.replace("\n</think>", f" So I go {call.arguments['direction']}.\n</think>")
+
+
+ENVIRONMENTS = {
+    "frozenlake": FrozenLake,
+    "sokoban": Sokoban,
+    "sudoku": Sudoku,
+    "shop": Shop,
+    "frozenlake-planned": PlannedLake,
+}
 
 
 def make_env(name: str, **options):

@@ -392,7 +392,7 @@ def test_options_without_a_playable_map_are_refused(options, said):
 
 
 def test_unknown_environment():
-    choices = "choose one of frozenlake, sokoban, sudoku, shop"
+    choices = "choose one of frozenlake, sokoban, sudoku, shop, frozenlake-planned"
     with pytest.raises(ValueError, match=f"no environment 'pong': {choices}"):
         make_env("pong")
 
@@ -400,8 +400,12 @@ def test_unknown_environment():
 # -------------------------------------------------------------------------------------- every world
 SEEDS = 1000
 # the most that an episode can earn without and with success
-UNSOLVED = {"frozenlake": 0.0, "sokoban": 0.0, "sudoku": 0.5, "shop": 0.375}
-MOST = {"frozenlake": 1.0, "sokoban": 1.1, "sudoku": 1.0, "shop": 1.0}
+UNSOLVED = {
+    "frozenlake": 0.0, "sokoban": 0.0, "sudoku": 0.5, "shop": 0.375, "frozenlake-planned": 0.0
+}  # fmt: skip
+MOST = {
+    "frozenlake": 1.0, "sokoban": 1.1, "sudoku": 1.0, "shop": 1.0, "frozenlake-planned": 1.0
+}  # fmt: skip
 
 
 def any_reply(env, rng):
@@ -451,7 +455,7 @@ def test_every_episode_ends_within_its_limit_and_its_bounds_and_success_beats_al
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_every_seed_is_solved_by_a_perfect_demonstrator_with_true_facts_only(name, thoughts):
     options = {} if thoughts is None else {"thoughts": thoughts}
-    if name == "frozenlake":
+    if name.startswith("frozenlake"):
         options["slip"] = 0.0
     env, rng = make_env(name, **options), random.Random(5)
     for seed in range(SEEDS):
@@ -476,6 +480,9 @@ WORDS = {  # of facts, and what makes each false
         {"may fit": "fits", "fits": "may fit", "S": "M", "M": "L", "L": "S"},
     ),
 }
+
+
+WORDS["frozenlake-planned"] = WORDS["frozenlake"]
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
@@ -545,7 +552,9 @@ def sentences(text):
     return re.findall(r"\w[^.]*\.", " ".join(text.split()))
 
 
-THOUGHTS = {"frozenlake": 6, "sokoban": 5, "sudoku": 7, "shop": 4}  # what the starts have learned
+THOUGHTS = {  # what the starts have learned
+    "frozenlake": 6, "sokoban": 5, "sudoku": 7, "shop": 4, "frozenlake-planned": 6
+}  # fmt: skip
 ALL_SAYINGS = {name: sentences(SAYINGS + world.sayings) for name, world in ENVIRONMENTS.items()}
 
 
@@ -572,6 +581,11 @@ def test_a_demonstrated_thought_is_its_facts_and_as_many_different_sayings(name,
             texts.add(tuple(free))
             # without them, it is the facts in their order, and no fact is said by the rest
             rest = " ".join(sentence for sentence in said if sentence not in ALL_SAYINGS[name])
+            if name == "frozenlake-planned":  # and the decision comes last
+                call, _ = read_call(reply, env.tools)
+                decision = f" So I go {call.arguments['direction']}."
+                assert thought_of(reply).strip().endswith(decision)
+                rest = rest.removesuffix(decision)
             assert rest == " ".join(facts[-1])
             truths = env._truths()
             assert check_facts(reply, truths) == check_facts(f"<think>{rest}", truths)
@@ -631,7 +645,14 @@ def test_more_thoughts_than_sayings_or_fewer_than_none_are_refused(name, thought
 
 
 @pytest.mark.parametrize(
-    "name, most", [("frozenlake", 0.15), ("sokoban", 0.15), ("sudoku", 0.2), ("shop", 0.2)]
+    "name, most",
+    [
+        ("frozenlake", 0.15),
+        ("sokoban", 0.15),
+        ("sudoku", 0.2),
+        ("shop", 0.2),
+        ("frozenlake-planned", 0.15),
+    ],
 )
 def test_few_bytes_of_a_demonstrated_turn_are_its_action(name, most):
     env, rng, labels, turns, seed = make_env(name), random.Random(15), [], 0, 0

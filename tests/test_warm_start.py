@@ -61,6 +61,7 @@ AIMS = {  # least and most success, least share of true facts, largest share of 
     "sokoban": (0.12, 0.5, 0.9, 0.16),
     "sudoku": (0.15, 0.5, 0.95, 0.25),
     "shop": (0.12, 0.5, 0.65, 0.25),
+    "frozenlake-planned": (0.25, 0.5, 0.9, 0.16),
 }
 
 
