@@ -17,7 +17,7 @@ import torch
 
 from arms import ARMS, SIGNALS, Arm
 from report import COLUMNS, appended
-from worlds import make_env
+from worlds import ENVIRONMENTS, make_env
 
 
 def option(
@@ -127,7 +127,7 @@ class Config:
     """Every flag. Defaults are the paper's, but that all groups are kept, and sizes and learning
     rate suit the built-in model."""
 
-    env: str = option("frozenlake", "frozenlake, sokoban, sudoku or shop")
+    env: str = option("frozenlake", f"of {', '.join(ENVIRONMENTS)}")
     model: str | None = option(None, "chat model to train, not the built-in: folder, id", kind=str)
     thoughts: int | None = option(
         None, "of a start with another number of free sentences", 0, 30, kind=int
