@@ -186,6 +186,12 @@ def config(**options) -> GRPOConfig:
     return GRPOConfig(**usual | options)
 
 
+def leave(trainer: GRPOTrainer) -> None:
+    """End all processes together: one that left early would break the others' exit."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--env", default="frozenlake")
@@ -195,7 +201,9 @@ def main() -> None:
     args = parser.parse_args()
     kind = GRPOTrainer if args.plain else ActFocusTrainer
     folder = args.model or start_folder(args.env)
-    make_trainer(args.env, folder, config(max_steps=args.steps), kind).train()
+    trainer = make_trainer(args.env, folder, config(max_steps=args.steps), kind)
+    trainer.train()
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def train_one_update(out: Path) -> None:
     )
     trainer.add_callback(Gradients())
     trainer.train()
+    trl_actfocus.leave(trainer)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
