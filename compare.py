@@ -112,16 +112,17 @@ def seed_range(text: str) -> range:
 
 # --------------------------------------------------------------------------------------- the cells
 def finished(cell: Cell, config: PPOConfig, out: Path) -> bool:
-    """Is the cell done? SystemExit if it was run, or begun, with other flags."""
+    """Is the cell done? SystemExit if it was run, or begun, with other flags; those that it did not
+    know yet were as they are by default."""
     config.resolve()
     done = cell.folder(out)
-    for folder in (done, cell.partial(out)):
-        path = folder / "config.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+    usual = {name: value for name, value in vars(PPOConfig()).items() if value is not None}
+    for path in (done / "config.json", cell.partial(out) / "config.json"):
+        before = usual | json.loads(path.read_text()) if path.exists() else {}
         for name, value in asdict(config).items():
             if name not in ("out", "device") and before.get(name, value) != value:
-                was = f"{name} {before[name]}, not {value}"
-                raise SystemExit(f"{folder} was run with {was}: choose another --out, or remove it")
+                was = f"{path.parent} was run with {name} {before[name]}, not {value}"
+                raise SystemExit(f"{was}: choose another --out, or remove it")
     if done.exists() and not (done / "config.json").exists():
         raise SystemExit(f"{done} is not a run: remove it, or choose another --out")
     return done.exists()

@@ -101,7 +101,11 @@ def check_bounds(config) -> None:
 
 
 # -------------------------------------------------------------------------- the flags of training
-FREE = ("micro_tokens", "gradient_checkpointing")  # may change on going on: for memory alone
+FREE = (
+    "micro_tokens",
+    "play_batch",
+    "gradient_checkpointing",
+)  # may change on going on: for memory alone
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -25,7 +25,7 @@ from report import LARGE
 Parts = dict[str, dict[str, float]]  # bytes by moment and part
 SPARE = {
     "updating": "lower --micro-tokens or add --gradient-checkpointing",
-    "playing": "lower --play-batch or --max-tokens",
+    "playing": "lower --play-batch",
 }
 ADVICE = "; ".join(SPARE.values())
 
@@ -34,7 +34,7 @@ def announce(model: str, config, arms: Iterable[Arm]) -> None:
     """Print what a run of train_grpo.py will need. model: folder or hub id; config: the flags."""
     try:
         parts = estimate(
-            transformers.AutoConfig.from_pretrained(model),
+            transformers.AutoConfig.from_pretrained(model, trust_remote_code=False),
             config.device,
             bfloat16=config.bfloat16,
             reference=any(arm.beta for arm in arms) or config.kl_coef > 0,
@@ -76,7 +76,7 @@ def estimate(
         "Adam": 8 * parameters,
         "reference": size * parameters * reference,
         "critic": 16 * parameters * critic,  # weights, gradients, Adam
-        "start": 4 * parameters * on_cpu,  # else it is in the host's memory
+        "start": 4 * sum(p.numel() for p in network.state_dict().values()) * on_cpu,  # else: host
         "bfloat16 copy": 2 * parameters * bfloat16,
     }
     layer = saved_by_layer(
@@ -85,11 +85,12 @@ def estimate(
     by_token = (4 * layers * width + layer) if recompute else layers * layer
     by_token += layer  # the gradients that pass through one
     kept = 2 * (parameters <= LARGE)  # successive gradients, to compare them
+    head = vocabulary * width * (2.5 if bfloat16 and on_cpu else 1)  # and rounded copies of it
     chunk = min(CHUNK_ELEMENTS * (2 if on_cpu else 8), micro_tokens * vocabulary)
     updating = {
         "gradients": 4 * (1 + kept) * parameters,
-        "activations": by_token * micro_tokens,
-        "loss": 4 * (2 * chunk + vocabulary * width),  # logits, and a gradient of the head
+        "activations": by_token * max(micro_tokens, max_tokens),  # a batch has one row at least
+        "loss": 4 * (2 * chunk + head),  # logits, and a gradient of the head
     }
     playing = {
         "key-value cache": 2 * layers * heads * head_width * size * rollouts * max_tokens,
@@ -150,7 +151,7 @@ def describe(parts: Parts, there: float) -> str:
     >>> print(describe({"updating": {"weights": 3e9, "loss": 1e8}, "playing": {"cache": 9e9}}, 8e9))
     memory while updating: 3.1 GB (weights 3.0, loss 0.1)
     memory while playing, at most: 9.0 GB (cache 9.0)
-    There are 8.0 GB: lower --play-batch or --max-tokens.
+    There are 8.0 GB: lower --play-batch.
     """
     lines, advice = [], []
     for moment, by_part in parts.items():

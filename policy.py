@@ -77,6 +77,9 @@ class Policy:
     _recomputes: bool = field(init=False, default=False)
 
     def __post_init__(self):
+        if isinstance(self.tokenizer.chat_template, dict):
+            named = ", ".join(self.tokenizer.chat_template)
+            raise ValueError(f"there are several chat templates ({named}): keep the one for tools")
         if self.device.type == "cpu":
             use_packed_attention(self.model)
         self.bfloat16 |= self.device.type == "cuda"
@@ -85,9 +88,9 @@ class Policy:
         self.bytes_of = self.bytes_of + [b""] * padding
         self.control_tokens = frozenset(i for i, piece in enumerate(self.bytes_of) if not piece)
         try:
-            *_, closing, after = self._framing(["system", "user", "assistant", "tool"])
+            opening, closing, after = self._turns("tool")
         except ValueError:  # Gemma's has no tool messages, Llama 3's makes a JSON string of them
-            *_, closing, after = self._framing(["system", "user", "assistant", "user"])
+            opening, closing, after = self._turns("user")
             closing, after = f"{closing}<tool_response>\n", f"\n</tool_response>{after}"
         self.end_of_turn, *self._before_result = self.encode_framing(closing or "?")
         self._after_result = self.encode_framing(after)
@@ -97,8 +100,21 @@ class Policy:
                 f"the chat template ends a turn with {end!r}, which is no control token: "
                 "choose a chat checkpoint"
             )
-        _, thought, rest = after.partition("<think>")
+        _, thought, rest = opening.partition("<think>")
         self.opening = (thought + rest).encode()
+
+    def _turns(self, answering: str) -> tuple[str, str, str]:
+        """What the template writes before an assistant's turn that is to come, after one that has
+        been, and after a message of the role that answers it, before the next."""
+        *_, opening = self._framing(["system", "user"])
+        *_, past, closing, after = self._framing(["system", "user", "assistant", answering])
+        header, shown = (text.partition("<think>")[0].rstrip() for text in (past, opening))
+        if header != shown or not after.endswith(opening):
+            raise ValueError(
+                f"the chat template opens a turn with {opening!r}, and otherwise one that has been "
+                f"({past!r}) or one after a {answering} message ({after!r})"
+            )
+        return opening, closing, after
 
     def _framing(self, roles: list[str], tools: list[dict] | None = None) -> list[str]:
         """The template's own text before, between and after one message per role, the last followed
@@ -110,17 +126,18 @@ class Policy:
         ]
         try:
             shown = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=True
-            )
+                messages, tools=tools, tokenize=False, add_generation_prompt=True,
+                date_string="26 Jul 2024",  # or Llama 3's would tell today's
+            )  # fmt: skip
         except jinja2.TemplateError as error:
             raise ValueError(
                 f"the chat template refuses one of the messages {named}: {error}"
             ) from None
         pattern = "(.*?)".join(["", *map(re.escape, contents), ""])
         pieces = re.fullmatch(pattern, shown, re.DOTALL)
-        if pieces is None:
+        if pieces is None or any(text in piece for text in contents for piece in pieces.groups()):
             raise ValueError(
-                f"the chat template does not show the messages {named} in this order as they are"
+                f"the chat template does not show the messages {named} once, in order, as they are"
             )
         return list(pieces.groups())
 
@@ -189,8 +206,9 @@ class Policy:
         where it would be read so anyway."""
         frozen = copy.copy(self)
         frozen.model = copy.deepcopy(self.model).requires_grad_(False)
-        if self.bfloat16:
-            frozen.model.to(torch.bfloat16)
+        if self.bfloat16:  # not the buffers: rounded, rotary frequencies would lose their places
+            for parameter in frozen.model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
         return frozen
 
     def save(self, folder: Path) -> None:
@@ -200,11 +218,10 @@ class Policy:
 
 
 def shows_tools(framing: str, tools: list[dict]) -> bool:
-    """Does a chat template show tools as Qwen2.5's does, or at least ask for no other calls than
-    <tool_call>{"name", "arguments"}</tool_call>?"""
+    """Does a chat template show tools as Qwen2.5's does, and ask for no calls of another form?"""
     named = all(tool["function"]["name"] in framing for tool in tools)
-    another = "<tool_call>" in framing and '"arguments"' not in framing
-    return named and "<tools>" in framing and not another
+    asked = '{"name": <function-name>, "arguments": <args-json-object>}' in framing
+    return named and "<tools>" in framing and (asked or "<tool_call>" not in framing)
 
 
 def describe_tools(tools: list[dict]) -> str:
@@ -229,6 +246,8 @@ def load_policy(model: str | Path, device: str = "cpu", bfloat16: bool = False) 
         ).to(device)
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights of {model} are damaged: {error}") from None
+    if not hasattr(network.config, "num_hidden_layers"):  # of a text model inside another
+        raise ValueError(f"{model} is no model of text alone ({type(network).__name__})")
     kinds = set(getattr(network.config, "layer_types", None) or [])
     if kinds := kinds - {"full_attention", "sliding_attention"}:
         named = ", ".join(sorted(kinds))

@@ -11,7 +11,9 @@ import time
 import pytest
 
 import compare
+from config import parse
 from report import MEASURES, log, measures, t_interval
+from train_ppo import PPOConfig
 
 SMALL = "--iterations 2 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 4 --eval-every 1 "
 SMALL += "--max-turn-tokens 20 --max-tokens 500 --device cpu"
@@ -93,6 +95,19 @@ def fake_trainer(tmp_path, monkeypatch):
     path = tmp_path / "trainer.py"
     path.write_text(FAKE_TRAINER)
     monkeypatch.setattr(compare, "TRAINER", path)
+
+
+def test_a_cell_from_before_a_flag_had_its_default(tmp_path):
+    cell = compare.Cell("frozenlake", "grpo", None, 0)
+    cell.folder(tmp_path).mkdir(parents=True)
+    config = parse(PPOConfig, "", cell.flags([]))
+    config.resolve()
+    before = {name: value for name, value in vars(config).items() if name != "bfloat16"}
+    (cell.folder(tmp_path) / "config.json").write_text(json.dumps(before))
+    assert compare.finished(cell, config, tmp_path)
+    config.bfloat16 = True
+    with pytest.raises(SystemExit, match="was run with bfloat16 False, not True"):
+        compare.finished(cell, config, tmp_path)
 
 
 def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_trainer, capsys):

@@ -20,7 +20,7 @@ from envs import read_call, write_turn
 from policy import Policy, describe_tools, encoders, load_policy
 from rollout import rollout, score_all
 from segment import Segment, segment_turn, token_bytes
-from warm_start import WarmStart, demonstrations, imitate
+from warm_start import CHAT_TEMPLATE, WarmStart, demonstrations, imitate
 from worlds import make_env
 
 # Qwen3's leaves earlier thoughts out.
@@ -207,11 +207,55 @@ def test_a_family_without_system_messages_is_refused_with_the_reason(tmp_path):
         load_policy(foreign_checkpoint(tmp_path, "byte-level", gemma2))
 
 
+def test_a_template_that_loses_the_next_turn_after_a_tool_gets_responses_from_the_user(tmp_path):
+    """DeepSeek-R1's writes nothing after a tool's message; a turn there opens with a thought."""
+    template = """{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' -%}
+<|im_start|>tool {{ m.content }}{% else %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>
+{%- endif %}{% endfor %}{% if add_generation_prompt and messages[-1].role != 'tool' -%}
+<|im_start|>assistant <think>
+{% endif %}"""
+    policy = load_policy(foreign_checkpoint(tmp_path, "byte-level", template))
+    assert policy.opening == b"<think>\n"
+    shown = policy.tokenizer.decode(policy.result("You moved."))
+    expected = "<|im_start|>user <tool_response>\nYou moved.\n</tool_response><|im_end|>"
+    assert shown == expected + "<|im_start|>assistant <think>\n"
+
+
+def test_llama_3_does_not_tell_todays_date(tmp_path):
+    """Another day would be another prompt, and a run that goes on another run."""
+    template = LLAMA3_TEMPLATE.replace(
+        "{{ bos_token }}", "{{ date_string if date_string is defined else strftime_now('%d %b') }}"
+    )
+    policy = load_policy(
+        foreign_checkpoint(tmp_path, "byte-level", template.replace("eot_id", "im_end"))
+    )
+    assert policy.tokenizer.decode(policy.prompt("s", [], "o")).startswith("26 Jul 2024")
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["a list [{...}] in <tool_call>", "<tool_call><function=NAME></tool_call>", "[NAME(...)]"],
+)
+def test_a_template_that_asks_for_calls_of_another_form_is_not_followed(form, tmp_path, capsys):
+    tools = "{{ '<tools>' + tools | tojson + '</tools> " + form + "' }}"
+    template = CHAT_TEMPLATE.replace("{{ '\n<tools>' }}", tools)
+    assert template != CHAT_TEMPLATE
+    policy, env = (
+        load_policy(foreign_checkpoint(tmp_path, "byte-level", template)),
+        make_env("shop"),
+    )
+    shown = as_text(policy, policy.prompt(env.system, env.tools, "o"))
+    if "<tool_call>" in form:
+        assert describe_tools(env.tools) in shown and form not in shown
+        assert "of another form" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------- real templates, where they are
 TRL = importlib.util.find_spec("trl")
 REAL = {  # which of TRL's templates show tools as the worlds need them
     "qwen2_5": True, "qwen3": True, "qwen3_instruct_2507": True, "qwen3_5_think": False,
     "llama3_1": False, "llama3_2": False, "gemma3": False, "phi3_5": False,
+    "deepseek_r1_distill": False,
 }  # fmt: skip
 
 
@@ -222,7 +266,7 @@ def test_a_real_template(name, shows_tools, built_in, capsys):
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
         built_in.tokenizer.name_or_path
     )
-    control = set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template))
+    control = set(re.findall(r"<[|｜][^|｜<>]+[|｜]>|<(?:start|end)_of_turn>", template))
     tokenizer.add_special_tokens({"extra_special_tokens": sorted(control), "bos_token": "<bos>"})
     tokenizer.chat_template, tokenizer.init_kwargs["made_by"] = template, ""
     model = transformers.AutoModelForCausalLM.from_pretrained(built_in.tokenizer.name_or_path)

@@ -15,7 +15,9 @@ import transformers
 from conftest import DEVICES
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from config import Config
 from envs import Step, read_call
+from memory import announce
 from policy import describe_tools, encoders, load_policy, use_packed_attention
 from rollout import rollout
 from segment import Segment
@@ -303,6 +305,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
             foreign_checkpoint(tmp_path / "b", "byte-level", template="{{ messages[0].content }}")
         )
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(ValueError, match="no control token"):
         load_policy(foreign_checkpoint(tmp_path / "c", "byte-level", template=plain))
     with pytest.raises(ValueError, match="no control token"):
@@ -311,6 +314,15 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(ValueError, match="refuses one of the messages system.*: No system role"):
         strict = "{{ raise_exception('No system role') }}"
         load_policy(foreign_checkpoint(tmp_path / "f", "byte-level", template=strict))
+    with pytest.raises(ValueError, match="opens a turn with"):  # the model would write the header
+        headless = CHAT_TEMPLATE.replace("add_generation_prompt", "false")
+        load_policy(foreign_checkpoint(tmp_path / "g", "byte-level", template=headless))
+    with pytest.raises(ValueError, match="once, in order, as they are"):
+        twice = "{{ messages[0].content }}" + CHAT_TEMPLATE
+        load_policy(foreign_checkpoint(tmp_path / "h", "byte-level", template=twice))
+    with pytest.raises(ValueError, match=r"several chat templates \(default, tool_use\)"):
+        several = {"default": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}
+        load_policy(foreign_checkpoint(tmp_path / "i", "byte-level", template=several))
     with pytest.raises(ValueError, match="changes its logits after the head"):
         load_policy(foreign_checkpoint(tmp_path / "d", "byte-level", bias=True))
 
@@ -355,6 +367,33 @@ def test_the_reference_is_a_frozen_copy(tiny):
         p.requires_grad for p in tiny.model.parameters()
     )
     assert reference.model is not tiny.model and torch.equal(reference.head, tiny.head)
+
+
+def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(start):
+    """Rounded, they would be off by radians a thousand tokens on."""
+    policy = load_policy(start, bfloat16=True)
+    reference = policy.frozen_copy()
+    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
+    buffers = dict(policy.model.named_buffers())
+    assert buffers
+    for name, buffer in reference.model.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_no_code_of_a_checkpoint_is_run(tiny_folder, tmp_path, capfd):
+    """Neither by loading it nor by estimating its memory, and nobody is asked."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "remote")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("print('CODE RAN')")
+    flags = Config(model=str(folder))
+    flags.resolve()
+    announce(str(folder), flags, [])
+    with pytest.raises(ValueError):
+        load_policy(folder)
+    said = "".join(capfd.readouterr())
+    assert "cannot be estimated" in said and "CODE RAN" not in said and "[y/N]" not in said
 
 
 def test_unknown_options_are_refused(tiny_folder):
