@@ -156,9 +156,11 @@ def describe(parts: Parts, there: float) -> str:
     lines, advice = [], []
     for moment, by_part in parts.items():
         total = sum(by_part.values())
-        shown = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in by_part.items() if size)
+        large = {part: size for part, size in by_part.items() if size >= 5e7}
+        shown = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in large.items())
         bound = ", at most" if moment == "playing" else ""
-        lines.append(f"memory while {moment}{bound}: {total / 1e9:.1f} GB ({shown})")
+        line = f"memory while {moment}{bound}: {total / 1e9:.1f} GB"
+        lines.append(f"{line} ({shown})" if shown else line)
         if total > there:
             advice.append(SPARE[moment])
     if advice:
