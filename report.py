@@ -171,7 +171,8 @@ def paired_difference(out: Path, arm: str, baseline: str) -> tuple[float, float,
                 played[row["arm"]][pair] = float(row["success"])
     both = played[arm].keys() & played[baseline].keys()
     gains = torch.tensor([played[arm][pair] - played[baseline][pair] for pair in both])
-    return gains.mean().item(), (gains.std() / len(gains) ** 0.5).item(), len(gains)
+    error = (gains.std() / len(gains) ** 0.5).item() if len(gains) > 1 else math.nan
+    return gains.mean().item(), error, len(gains)
 
 
 def summary(out: Path) -> str:
