@@ -36,9 +36,14 @@ class Watched(PlannedLake):
         return super().step(reply)
 
 
-for folder in sys.argv[1:]:
-    Watched.counts = dict.fromkeys(Watched.counts, 0)
-    rollout(load_policy(folder), Watched, range(EVAL_SEEDS, EVAL_SEEDS + 128))
-    turns = Watched.counts["turns"]
-    shares = {name: f"{n / turns:.1%}" for name, n in Watched.counts.items() if name != "turns"}
-    print(folder, f"{turns} turns", shares)
+def main(folders: list[str]) -> None:
+    for folder in folders:
+        Watched.counts = dict.fromkeys(Watched.counts, 0)
+        rollout(load_policy(folder), Watched, range(EVAL_SEEDS, EVAL_SEEDS + 128))
+        turns = Watched.counts["turns"]
+        shares = {name: f"{n / turns:.1%}" for name, n in Watched.counts.items() if name != "turns"}
+        print(folder, f"{turns} turns", shares)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
