@@ -308,7 +308,7 @@ def test_only_the_instructions_are_left_out_of_a_picture():
 
 
 # ------------------------------------------------------------------- who plays, and what is refused
-SMALL = {"groups": 8, "group_size": 2, "batch": 16, "max_turn_tokens": 20, "max_tokens": 900}
+SMALL = {"groups": 8, "group_size": 2, "play_batch": 16, "max_turn_tokens": 20, "max_tokens": 900}
 
 
 def groups_of(out):
