@@ -101,11 +101,8 @@ def check_bounds(config) -> None:
 
 
 # -------------------------------------------------------------------------- the flags of training
-FREE = (
-    "micro_tokens",
-    "play_batch",
-    "gradient_checkpointing",
-)  # may change on going on: for memory alone
+# may change on going on: for memory alone
+FREE = ("micro_tokens", "play_batch", "gradient_checkpointing")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

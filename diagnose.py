@@ -112,9 +112,7 @@ def diagnose(config: DiagnoseConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     groups, blocks, wanted = [], [], min(config.blocks, config.groups // PROMPTS_PER_BLOCK)
-    at_once = PROMPTS_PER_BLOCK * max(
-        1, config.play_batch // config.group_size // PROMPTS_PER_BLOCK
-    )
+    at_once = PROMPTS_PER_BLOCK * max(1, config.play_batch // block_size(config))
     starts = range(0, config.groups, at_once)
     for start in tqdm(starts, desc="groups", unit="batch", dynamic_ncols=True):
         stop = min(start + at_once, config.groups)

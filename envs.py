@@ -245,7 +245,7 @@ class FrozenLake(World):
     of a GRPO group share their luck, and with shared_slips=False also from all that was said.
     Raises ValueError for options that leave no playable map."""
 
-    skill = 0.55
+    skill, plan = 0.55, ""  # a thought says nothing of the move: the tool call decides it
     sayings = """The ice is slippery, so a move may go to one side. A hole would end the game at
         once. I do not want to fall into the water. The shortest way is not always the safest. A
         longer way around a hole can be worth it. The edge of the lake stops me, but it costs a
@@ -289,12 +289,12 @@ class FrozenLake(World):
                 queue.append(there)
 
     def demonstrate(self, rng: random.Random, skill: float) -> str:
-        """A turn with true facts, and with probability `skill` a move along a shortest walk around
-        the holes. The thought states no plan: the move is decided in the tool call."""
+        """True facts, and with probability `skill` a move on a shortest walk around the holes."""
         nearer = {cell for cell, left in self.distance.items() if left < self.distance[self.player]}
         best = [name for name in DIRECTIONS if self._neighbour(self.player, name) in nearer]
         move = {"direction": choose(rng, skill, best, list(DIRECTIONS))}
-        return write_turn(self._think(self._facts(rng), rng), "move", move)
+        plan = self.plan.format(**move)
+        return write_turn(self._think(self._facts(rng), rng) + plan, "move", move)
 
     def _facts(self, rng: random.Random) -> list[str]:
         sides = [f"{side} is {what}" for side, what in rng.sample(list(self._sides().items()), 4)]

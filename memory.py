@@ -79,9 +79,8 @@ def estimate(
         "start": 4 * sum(p.numel() for p in network.state_dict().values()) * on_cpu,  # else: host
         "bfloat16 copy": 2 * parameters * bfloat16,
     }
-    layer = saved_by_layer(
-        shape, bfloat16
-    )  # recomputed: of each layer what goes in, and of one all
+    layer = saved_by_layer(shape, bfloat16)
+    # recomputed: of each layer what goes in, and of one all
     by_token = (4 * layers * width + layer) if recompute else layers * layer
     by_token += layer  # the gradients that pass through one
     kept = 2 * (parameters <= LARGE)  # successive gradients, to compare them
@@ -107,35 +106,33 @@ def empty_model(shape: transformers.PretrainedConfig) -> transformers.PreTrained
 
 def saved_by_layer(shape: transformers.PretrainedConfig, bfloat16: bool) -> float:
     """Bytes that one layer keeps of each token for its backward pass, measured."""
-    one, two = (
-        saved_by_trunk(shape, layers, 64, bfloat16) - saved_by_trunk(shape, layers, 32, bfloat16)
-        for layers in (1, 2)
-    )
-    return (two - one) / 32
+    return saved_by_token(shape, 2, bfloat16) - saved_by_token(shape, 1, bfloat16)
 
 
-def saved_by_trunk(
-    shape: transformers.PretrainedConfig, layers: int, tokens: int, bfloat16: bool
-) -> int:
-    """Bytes that a model of so many layers, and next to no vocabulary, keeps of so many tokens."""
+def saved_by_token(shape: transformers.PretrainedConfig, layers: int, bfloat16: bool) -> float:
+    """Bytes that a model of so many layers, and next to no vocabulary, keeps of each token."""
     shape = copy.deepcopy(shape)
     shape.num_hidden_layers, shape.vocab_size, shape.pad_token_id = layers, 8, None
     if kinds := getattr(shape, "layer_types", None):
         shape.layer_types = kinds[:layers]
     trunk = empty_model(shape).base_model.to_empty(device="cpu").train()
     own = {p.untyped_storage()._cdata for p in trunk.parameters()}
-    found = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage
-        return tensor
+    def saved(tokens: int) -> int:
+        found = {}
 
-    watch = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with watch, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        trunk(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
-    return sum(storage.nbytes() for storage in found.values())
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                found[storage._cdata] = storage
+            return tensor
+
+        watch = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with watch, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            trunk(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+        return sum(storage.nbytes() for storage in found.values())
+
+    return (saved(64) - saved(32)) / 32  # without what does not grow with the tokens
 
 
 def available(device: str) -> int:

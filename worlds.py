@@ -29,7 +29,6 @@ from envs import (
     choose,
     draw_board,
     offset,
-    read_call,
     shortest_walk,
     tool_schema,
     write_turn,
@@ -562,10 +561,7 @@ class PlannedLake(FrozenLake):
     only repeats it. ActFocus should not help here: what can be learned is decided in reasoning
     tokens (results/evidence.md)."""
 
-    def demonstrate(self, rng: random.Random, skill: float) -> str:
-        turn = super().demonstrate(rng, skill)
-        call, _ = read_call(turn, self.tools)
-        return turn.replace("\n</think>", f" So I go {call.arguments['direction']}.\n</think>")
+    plan = " So I go {direction}."
 
 
 ENVIRONMENTS = {

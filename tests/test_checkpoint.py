@@ -349,7 +349,10 @@ def test_out_of_memory_says_which_flags_to_turn(tiny_folder, tmp_path, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(train_grpo, "update", hungry)
-    with pytest.raises(SystemExit, match="out of memory on cpu: lower --micro-tokens or add"):
+    with pytest.raises(
+        SystemExit,
+        match="out of memory on cpu: lower --micro-tokens or add --gradient-.*; lower --play-batch",
+    ):
         play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
 
 

@@ -85,7 +85,7 @@ def test_the_gradient_in_trl_is_that_of_the_written_loss(processes, tmp_path):
         ]
     for _ in range(2):  # gloo has been seen to abort as a process ended, once in forty runs
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
+        if "SIGABRT" not in done.stderr:
             break
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
     played = [torch.load(path) for path in sorted(tmp_path.glob("rank*.pt"))]

@@ -29,7 +29,7 @@ model, out, *more = sys.argv[1:]
 config = ActFocusConfig(
     model=model, out=out, iterations=1, prompts=1, group_size=4, minibatch=4, eval_episodes=1,
     micro_tokens=3200, max_tokens=800, checkpoint_every=0, device="cpu",
-    gradient_checkpointing="recompute" in more, bfloat16="bfloat16" in more,
+    gradient_checkpointing="recompute" in more,
 )
 said = []
 memory.describe = lambda parts, there: said.append(parts)
