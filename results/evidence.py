@@ -4,17 +4,27 @@ python results/evidence.py
 """
 
 import csv
+import json
 import sys
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from arms import ARMS  # noqa: E402
+from diagnose import spearman_test  # noqa: E402
+from gradient_signal import WEIGHTINGS  # noqa: E402
 from report import measures, t_interval  # noqa: E402
 
 HERE = Path(__file__).parent
+# comparisons of ten iterations at the world's own rate
+ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "weights/*")
+MARKERS = "osD^v"
 SHOWN = {"final": "evaluation success after the run, %", "training": "mean training success, %"}
 
 
@@ -59,37 +69,102 @@ def draw_rates(folder: Path) -> None:
     figure.savefig(folder / "rate.png", dpi=110)
 
 
-def draw_prediction(signal: Path, folder: Path) -> None:
-    """prediction.png: each arm's signal over noise before training, and what it then gained on GRPO
-    in training over the same seeds."""
-    with signal.open(newline="", encoding="utf-8") as file:
-        ratios = {row["name"]: row for row in csv.DictReader(file)}
-    found = by_seed(folder)
-    seeds = sorted({seed for _, _, seed in found})
-    (rate,) = {lr for _, lr, _ in found}
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+# ------------------------------------------------------------------- signal over noise, and gains
+class Pair(NamedTuple):
+    """A way of weighing tokens, and GRPO on the same prompts."""
+
+    env: str
+    weighting: str  # of WEIGHTINGS
+    ratio: list[float]  # gain in signal over noise before training: low, middle, high
+    gains: list[float]  # in mean training success, points, by seed
+
+
+def trained_pairs() -> list[Pair]:
+    """Of the runs in ALIKE, each weighting that the diagnosis of its world has too."""
+    training = defaultdict(dict)  # by world and weighting: seeds
+    for path in (path for name in ALIKE for path in HERE.glob(f"{name}/*/*-seed*/config.json")):
+        config = json.loads(path.read_text())
+        log = path.with_name(f"{config['arms']}.csv")
+        success = measures(log, threshold=0.5)["training"]
+        training[config["env"], weighting(config)][config["seed"]] = success
+    pairs = []
+    for (env, name), runs in sorted(training.items()):
+        if name not in ("grpo", ""):
+            with (HERE / "signal" / env / "signal.csv").open(newline="", encoding="utf-8") as file:
+                (row,) = (row for row in csv.DictReader(file) if row["name"] == name)
+            ratio = [float(row[f"adam_gain{end}"]) for end in ("_low", "", "_high")]
+            gains = [runs[seed] - training[env, "grpo"][seed] for seed in sorted(runs)]
+            pairs.append(Pair(env, name, ratio, gains))
+    return pairs
+
+
+def weighting(config: dict) -> str:
+    """Its name in WEIGHTINGS; "" if it is not there."""
+    arm = ARMS[config["arms"]]
+    for name in ("alpha", "beta", "signal"):
+        if config[name] is not None:
+            arm = replace(arm, **{name: config[name]})
+    same = [name for name, each in WEIGHTINGS.items() if replace(each, label="", color="")
+            == replace(arm, label="", color="")]  # fmt: skip
+    return same[0] if same else ""
+
+
+def draw_pairs(pairs: list[Pair]) -> None:
+    """pairs.png: what signal over noise promised each pair before training, and what it gained."""
+    worlds = sorted({pair.env for pair in pairs})
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.subplots()
-    for arm in sorted({arm for arm, _, _ in found}, key=list(ARMS).index):
-        x = [float(ratios[arm][f"adam_ratio{end}"]) for end in ("_low", "", "_high")]
-        gains = [
-            found[arm, rate, seed]["training"] - found["grpo", rate, seed]["training"]
-            for seed in seeds
-        ]
+    for pair in pairs:
+        (low, x, high), y = pair.ratio, np.mean(pair.gains)
+        color = WEIGHTINGS[pair.weighting].color
+        marker = MARKERS[worlds.index(pair.env)]
         axes.errorbar(
-            x[1], np.mean(gains), yerr=t_interval(gains), xerr=[[x[1] - x[0]], [x[2] - x[1]]],
-            fmt="o", capsize=3, color=ARMS[arm].color, label=ARMS[arm].label,
+            x, y, yerr=t_interval(pair.gains), xerr=[[x - low], [high - x]], fmt=marker,
+            color=color, elinewidth=0.7, capsize=2, markersize=8,
         )  # fmt: skip
+    handles = [
+        Line2D([], [], color="black", marker=marker, linestyle="", label=world)
+        for world, marker in zip(worlds, MARKERS, strict=False)
+    ]
+    for name in sorted({pair.weighting for pair in pairs}):
+        arm = WEIGHTINGS[name]
+        handles.append(Line2D([], [], color=arm.color, marker="o", linestyle="", label=arm.label))
+    axes.legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.set(
-        xlabel="signal / noise of the gradient before training (32 rollouts, as Adam sees it)",
+        xlabel="signal / noise of the gradient before training, less GRPO's\n"
+        "(32 rollouts, as Adam sees it)",
         ylabel="mean training success less GRPO's, points",
-        title=f"FrozenLake, {len(seeds)} seeds: bars are 95 % intervals",
+        title=f"{len(pairs)} pairs, ten iterations: bars are 95 % intervals",
     )
+    axes.set_xscale("symlog", linthresh=0.02)
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "prediction.png", dpi=110)
+    figure.savefig(HERE / "pairs.png", dpi=110)
+
+
+def describe_pairs(pairs: list[Pair]) -> str:
+    """A row a pair, and the rank correlation, with and without Sudoku."""
+    lines = ["world                weighting           promised  gained, points"]
+    for env, name, (_, promised, _), gains in pairs:
+        gained = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f} ({len(gains)} seeds)"
+        lines.append(f"{env:20} {name:18} {promised:+9.3f}  {gained}")
+    for title, some in {
+        "all": pairs,
+        "without Sudoku": [pair for pair in pairs if pair.env != "sudoku"],
+    }.items():
+        promised = np.array([pair.ratio[1] for pair in some])
+        gained = np.array([np.mean(pair.gains) for pair in some])
+        test = spearman_test(promised, gained, np.random.default_rng(0))
+        lines.append(
+            f"{title}: rank correlation {test.rho:+.2f} [{test.low:+.2f}, {test.high:+.2f}], "
+            f"p = {test.p:.3f}, {len(some)} pairs"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     draw_rates(HERE / "rate")
-    draw_prediction(HERE / "signal" / "frozenlake" / "signal.csv", HERE / "ablations")
+    found = trained_pairs()
+    draw_pairs(found)
+    print(describe_pairs(found))
