@@ -23,7 +23,7 @@ from report import measures, t_interval  # noqa: E402
 
 HERE = Path(__file__).parent
 # comparisons of ten iterations at the world's own rate
-ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "weights/*")
+ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "parts-*", "weights/*")
 MARKERS = "osD^v"
 SHOWN = {"final": "evaluation success after the run, %", "training": "mean training success, %"}
 
@@ -82,7 +82,7 @@ class Pair(NamedTuple):
 def trained_pairs() -> list[Pair]:
     """Of the runs in ALIKE, each weighting that the diagnosis of its world has too."""
     training = defaultdict(dict)  # by world and weighting: seeds
-    for path in (path for name in ALIKE for path in HERE.glob(f"{name}/*/*-seed*/config.json")):
+    for path in (path for name in ALIKE for path in HERE.glob(f"{name}/*/*-seed*[0-9]/config.json")):
         config = json.loads(path.read_text())
         log = path.with_name(f"{config['arms']}.csv")
         success = measures(log, threshold=0.5)["training"]
