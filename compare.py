@@ -236,7 +236,8 @@ def draw(worlds: dict[tuple[str, float], Logs], baseline: str, path: Path) -> No
             what = f"less {ARMS[baseline].label}'s, seed by seed" if paired else f"{env}, lr {lr:g}"
             axes.set(title=f"{PANELS[name][0]}\n{what}", xlabel="training iterations")
             axes.set_ylabel("difference of success rates" if paired else "success rate")
-            axes.set_ylim(None if paired else (0, None))
+            if not paired:
+                axes.set_ylim(0, min(1.03, axes.get_ylim()[1]))  # an interval may leave it
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.axhline(0, color="black", linewidth=0.8)
             axes.grid(alpha=0.3)
