@@ -82,7 +82,8 @@ class Pair(NamedTuple):
 def trained_pairs() -> list[Pair]:
     """Of the runs in ALIKE, each weighting that the diagnosis of its world has too."""
     training = defaultdict(dict)  # by world and weighting: seeds
-    for path in (path for name in ALIKE for path in HERE.glob(f"{name}/*/*-seed*[0-9]/config.json")):
+    cells = (path for name in ALIKE for path in HERE.glob(f"{name}/*/*-seed*[0-9]/config.json"))
+    for path in cells:
         config = json.loads(path.read_text())
         log = path.with_name(f"{config['arms']}.csv")
         success = measures(log, threshold=0.5)["training"]
