@@ -148,7 +148,7 @@ def test_commands_of_the_pages_exist():
                 source = (ROOT / script).read_text()
                 if script.startswith(("train", "compare")):
                     source += (ROOT / "config.py").read_text()  # the flags that trainers share
-                for flag in re.findall(r"--([a-z-]+)", flags):
+                for flag in re.findall(r"--([a-z][a-z0-9-]*)", flags):
                     known = f"{flag.replace('-', '_')}:" in source or f'"--{flag}"' in source
                     assert known or flag == "help", (script, flag)
 
