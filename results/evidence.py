@@ -159,7 +159,7 @@ def describe_pairs(pairs: list[Pair]) -> str:
         test = spearman_test(promised, gained, np.random.default_rng(0))
         lines.append(
             f"{title}: rank correlation {test.rho:+.2f} [{test.low:+.2f}, {test.high:+.2f}], "
-            f"p = {test.p:.3f}, {len(some)} pairs"
+            f"p = {test.p:.4f}, {len(some)} pairs"
         )
     return "\n".join(lines)
 
