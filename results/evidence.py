@@ -17,13 +17,14 @@ from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from arms import ARMS  # noqa: E402
+from config import ActFocusConfig  # noqa: E402
 from diagnose import spearman_test  # noqa: E402
 from gradient_signal import WEIGHTINGS  # noqa: E402
 from report import measures, t_interval  # noqa: E402
 
 HERE = Path(__file__).parent
 # comparisons of ten iterations at the world's own rate
-ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "parts-*", "weights/*")
+ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "weights/*")
 MARKERS = "osD^v"
 SHOWN = {"final": "evaluation success after the run, %", "training": "mean training success, %"}
 
@@ -101,13 +102,12 @@ def trained_pairs() -> list[Pair]:
 
 def weighting(config: dict) -> str:
     """Its name in WEIGHTINGS; "" if it is not there."""
-    arm = ARMS[config["arms"]]
-    for name in ("alpha", "beta", "signal"):
-        if config[name] is not None:
-            arm = replace(arm, **{name: config[name]})
-    same = [name for name, each in WEIGHTINGS.items() if replace(each, label="", color="")
-            == replace(arm, label="", color="")]  # fmt: skip
-    return same[0] if same else ""
+    asked = {name: config[name] for name in ("arms", "alpha", "beta", "signal")}
+    (arm,) = ActFocusConfig(**asked).chosen().values()
+    for name, each in WEIGHTINGS.items():
+        if replace(each, label=arm.label, color=arm.color) == arm:
+            return name
+    return ""
 
 
 def draw_pairs(pairs: list[Pair]) -> None:
@@ -150,10 +150,8 @@ def describe_pairs(pairs: list[Pair]) -> str:
     for env, name, (_, promised, _), gains in pairs:
         gained = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f} ({len(gains)} seeds)"
         lines.append(f"{env:20} {name:18} {promised:+9.3f}  {gained}")
-    for title, some in {
-        "all": pairs,
-        "without Sudoku": [pair for pair in pairs if pair.env != "sudoku"],
-    }.items():
+    others = [pair for pair in pairs if pair.env != "sudoku"]
+    for title, some in {"all": pairs, "without Sudoku": others}.items():
         promised = np.array([pair.ratio[1] for pair in some])
         gained = np.array([np.mean(pair.gains) for pair in some])
         test = spearman_test(promised, gained, np.random.default_rng(0))
