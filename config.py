@@ -50,7 +50,8 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
             parser.add_argument(flag, help=text + shown, type=kind, default=each.default)
     args = parser.parse_args(argv)
     if getattr(args, "preset", None) == "paper":
-        parser.set_defaults(**paper_settings(args.env, config_class.with_critic))
+        chosen = [ARMS[name] for name in getattr(args, "arms", "grpo").split(",") if name in ARMS]
+        parser.set_defaults(**paper_settings(args.env, any(arm.critic for arm in chosen)))
         args = parser.parse_args(argv)  # what is given still counts
     try:
         if getattr(args, "resume", None):
@@ -101,21 +102,21 @@ def check_bounds(config) -> None:
 
 
 # -------------------------------------------------------------------------- the flags of training
-# may change on going on: for memory alone
+# may differ on --resume: they only save memory
 FREE = ("micro_tokens", "play_batch", "gradient_checkpointing")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def paper_settings(env: str, critic: bool) -> dict:
-    """What the paper's runs have other than the defaults below (its appendix). Where it does not
-    have a world of ours, those of FrozenLake."""
+    """What the paper's runs have other than the defaults below (its appendix), by world and
+    whether PPO is among the arms. Where it does not have a world of ours, those of FrozenLake."""
     settings = {
         "iterations": 200, "group_size": 16, "minibatch": 32, "lr": 1e-6, "eval_every": 10,
         "eval_episodes": 512, "eval_group_size": 16, "max_turn_tokens": 400, "max_tokens": 3600,
     }  # fmt: skip
     if critic:
         settings["critic_lr"] = 1e-5
-    if env in ("sokoban", "sudoku") or (env == "frozenlake" and critic):
+    if env in ("sokoban", "sudoku") or (critic and env != "shop"):
         settings["keep_groups"] = 0.25
     if env == "shop":  # the paper's WebShop
         settings |= {"iterations": 100, "prompts": 16, "group_size": 8, "max_tokens": 8192}
@@ -177,9 +178,9 @@ class Config:
         make_env(self.env)
         if self.preset not in (None, "paper"):
             raise ValueError(f"--preset is {self.preset}: there is only paper")
-        if (self.eval_episodes or 128) % self.eval_group_size:
+        if self.evaluated() % self.eval_group_size:
             raise ValueError(
-                f"--eval-episodes {self.eval_episodes or 128} do not split into groups of "
+                f"--eval-episodes {self.evaluated()} do not split into groups of "
                 f"--eval-group-size {self.eval_group_size}"
             )
         if self.model and self.thoughts is not None:
@@ -187,13 +188,16 @@ class Config:
         if self.out and not self.resume and appended(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
 
+    def evaluated(self) -> int:
+        """Episodes of an evaluation; a built-in model is quick to evaluate."""
+        return self.eval_episodes or (32 if self.model else 128)
+
     def resolve(self) -> None:
-        """Fill in what was not given; a built-in model is quick to evaluate and learns fast."""
+        """Fill in what was not given; a built-in model learns fast."""
         if self.lr is None:
             built_in = 1e-4 if self.env == "shop" else 3e-4  # 3e-4 was not steady in the shop
             self.lr = 1e-6 if self.model else built_in
-        if self.eval_episodes is None:
-            self.eval_episodes = 32 if self.model else 128
+        self.eval_episodes = self.evaluated()
         if self.out is None:
             self.out = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{self.env}-seed{self.seed}"
 

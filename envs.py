@@ -242,7 +242,7 @@ class FrozenLake(World):
     """Walk from P to G over slippery ice without falling into a hole O. Holes are put anywhere but
     on one shortest walk from start to goal, so that every map can be solved. A move slips to one of
     its two sides with probability `slip`. Slips are drawn from seed and turn, so that the episodes
-    of a GRPO group share their luck, and with shared_slips=False also from all that was said.
+    of a GRPO group share their slips, and with shared_slips=False also from all that was said.
     Raises ValueError for options that leave no playable map."""
 
     skill, plan = 0.55, ""  # a thought says nothing of the move: the tool call decides it
@@ -340,9 +340,9 @@ class FrozenLake(World):
         """The direction that a move takes: to a side of the wished one if it slips."""
         told = f"frozenlake slips {self.seed} {self.turns_left}"
         told += "" if self.shared_slips else f" {self.heard}"
-        luck = random.Random(told.encode(errors="replace"))  # a reply may not be valid Unicode
+        rng = random.Random(told.encode(errors="replace"))  # a reply may not be valid Unicode
         sides = ("up", "down") if wish in ("left", "right") else ("left", "right")
-        return luck.choice(sides) if luck.random() < self.slip else wish
+        return rng.choice(sides) if rng.random() < self.slip else wish
 
     def _show(self) -> list[str]:
         symbols = dict.fromkeys(self.hole_cells, "O") | {self.goal: "G", self.player: "P"}

@@ -71,19 +71,20 @@ def estimate(
     layers, heads = shape.num_hidden_layers, shape.num_attention_heads
     head_width = getattr(shape, "head_dim", None) or width // heads
     heads = getattr(shape, "num_key_value_heads", None) or heads
+    start = 4 * sum(p.numel() for p in network.state_dict().values())
     always = {
         "weights": 4 * parameters,
         "Adam": 8 * parameters,
-        "reference": size * parameters * reference,
-        "critic": 16 * parameters * critic,  # weights, gradients, Adam
-        "start": 4 * sum(p.numel() for p in network.state_dict().values()) * on_cpu,  # else: host
-        "bfloat16 copy": 2 * parameters * bfloat16,
+        "reference": size * parameters if reference else 0,
+        "critic": 16 * parameters if critic else 0,  # weights, gradients, Adam
+        "start": start if on_cpu else 0,  # else in the host's
+        "bfloat16 copy": 2 * parameters if bfloat16 else 0,
     }
     layer = saved_by_layer(shape, bfloat16)
     # recomputed: of each layer what goes in, and of one all
     by_token = (4 * layers * width + layer) if recompute else layers * layer
     by_token += layer  # the gradients that pass through one
-    kept = 2 * (parameters <= LARGE)  # successive gradients, to compare them
+    kept = 2 if parameters <= LARGE else 0  # successive gradients, to compare them
     head = vocabulary * width * (2.5 if bfloat16 and on_cpu else 1)  # and rounded copies of it
     chunk = min(CHUNK_ELEMENTS * (2 if on_cpu else 8), micro_tokens * vocabulary)
     updating = {

@@ -64,9 +64,7 @@ class Policy:
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     encode: Callable[[str], list[int]]  # text -> ids, never a control token
-    encode_framing: Callable[
-        [str], list[int]
-    ]  # the template's own text -> ids, with control tokens
+    encode_framing: Callable[[str], list[int]]  # the template's text -> ids, control tokens too
     bytes_of: list[bytes]  # by token id; b"" for control tokens and for ids of no token
     bfloat16: bool = False  # compute in it; always so on CUDA. Trained weights stay float32
     end_of_turn: int = field(init=False)  # the control token that the template closes a turn with

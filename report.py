@@ -23,7 +23,8 @@ from policy import Policy
 from rollout import Rollouts
 from segment import Segment
 
-COLUMNS = {  # of a log; row k is about the policy after k iterations and the rollouts it plays then
+COLUMNS = {  # of a log; row k: of the policy after k iterations and what it plays then.
+    # With --keep-groups all but equal_groups and train_* is about the groups that are kept.
     "iteration": "iterations before this row",
     "eval_success": "of the fixed evaluation episodes (at --eval-temperature)",
     "eval_reward": "their mean return",

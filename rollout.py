@@ -39,9 +39,8 @@ class Rollouts:
     """B finished episodes, right-padded to T tokens. Position t of `old_logprob` and `labels`
     speaks of the token ids[:, t]."""
 
-    ids: (
-        Tensor  # (B, T) int64: prompt, turns, tool responses as the model saw them; 0 after the end
-    )
+    # (B, T) int64: prompt, turns and tool responses as the model saw them; 0 after the end
+    ids: Tensor
     labels: Tensor  # (B, T) int64: Segment; OTHER for whatever the model did not sample
     old_logprob: Tensor  # (B, T) float32: of each sampled token at the sampling temperature, else 0
     rewards: Tensor  # (B,) float32: sum over the episode
@@ -99,15 +98,15 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Go on with these rows, which may repeat."""
-        room = self.buffers[0].shape[2]
-        self._move_to_buffers(self.keys[indices], self.values[indices], room)
+        capacity = self.buffers[0].shape[2]
+        self._move_to_buffers(self.keys[indices], self.values[indices], capacity)
 
-    def _move_to_buffers(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def _move_to_buffers(self, keys: Tensor, values: Tensor, capacity: int) -> None:
         length = keys.shape[2]
         self.buffers = []
         for states in (keys, values):
             rows, heads, _, width = states.shape
-            buffer = states.new_empty(rows, heads, room, width)
+            buffer = states.new_empty(rows, heads, capacity, width)
             buffer[:, :, :length] = states
             self.buffers.append(buffer)
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)

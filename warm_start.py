@@ -331,8 +331,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="for --model")
     parser.add_argument("--bfloat16", action="store_true", help="compute in it on a CPU, too")
     args = parser.parse_args(argv)
-    if args.model and not args.out:
-        parser.error("--model needs --out: a checkpoint is never written over")
     settings = WarmStart(args.env, seed=args.seed)
     if args.model:
         settings = replace(settings, episodes=1000, window_steps=300, window_batch=4)
@@ -340,6 +338,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("thoughts", "skill", "episodes", "window_steps", "episode_steps", "lr"):
         if getattr(args, name) is not None:
             settings = replace(settings, **{name: getattr(args, name)})
+    if not args.out and (args.model or settings != WarmStart(args.env)):
+        parser.error("--model or another setting needs --out: no other model is written over")
     if args.model:
         teach(args.model, settings, args.out, args.device, args.bfloat16)
     else:

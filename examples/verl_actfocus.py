@@ -55,8 +55,9 @@ def weigh(
     return reweight_advantages(advantages, weights, response)
 
 
-def register() -> None:
-    """Make the trainer known to verl as "actfocus_sync"."""
+def register(opening: bytes = b"") -> None:
+    """Make the trainer known to verl as "actfocus_sync". opening: as in `weigh`; for a template
+    whose turns begin with "<think>\\n", b"<think>\\n": else no thought is found, nor discounted."""
     import transfer_queue as tq
     from tensordict import TensorDict
     from verl.trainer.ppo.v1.trainer_base import get_trainer_cls, register_trainer
@@ -86,6 +87,7 @@ def register() -> None:
                 data["advantages"],
                 signal,
                 token_bytes(self.tokenizer),
+                opening=opening,
             )
             nested = {"advantages": response_to_nested(advantages, nested_mask)}
             return tq.kv_batch_put(**where, fields=TensorDict(nested, batch_size=len(batch)))

@@ -247,6 +247,7 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--arms grpo,ppo", "ppo has a critic, which train_ppo.py trains"),
         ("--signal noise", "--signal is noise: choose one of energy"),
         ("--eval-episodes 10 --eval-group-size 4", "do not split into groups of"),
+        ("--model x --eval-group-size 64", "--eval-episodes 32 do not split into groups of"),
         ("--preset fast", "--preset is fast: there is only paper"),
         ("--thoughts 31", "--thoughts is 31: it must be at least 0 and at most 30"),
         ("--thoughts 0 --model x", "--thoughts is of the built-in model"),
@@ -583,9 +584,17 @@ def test_the_paper_has_its_settings_for_each_world():
         assert (config.lr, config.minibatch, config.max_turn_tokens) == (1e-6, 32, 400)
         assert (config.eval_every, config.eval_episodes, config.eval_group_size) == (10, 512, 16)
         assert (config.clip_low, config.clip_high, config.entropy_coef) == (0.2, 0.28, 0.001)
-    for env, wanted in {"frozenlake": (0.25, 0.0), "shop": (1.0, 0.0)}.items():
-        config = parse(PPOConfig, "", ["--preset", "paper", "--env", env])
+    for flags, wanted in {
+        "--env frozenlake": (0.25, 0.0),
+        "--env frozenlake-planned": (0.25, 0.0),
+        "--env shop": (1.0, 0.0),
+        "--arms grpo,actfocus": (1.0, 0.0),  # no critic, though this script could train one
+        "--arms grpo,actfocus --env shop": (1.0, 0.001),
+        "--arms grpo,ppo": (0.25, 0.0),
+    }.items():
+        config = parse(PPOConfig, "", ["--preset", "paper", *flags.split()])
         assert (config.keep_groups, config.kl_coef) == wanted
+    assert parse(Config, "", ["--preset", "paper"]).keep_groups == 1.0  # train_grpo.py
 
 
 def test_what_was_not_given_is_filled_in_one_place():

@@ -244,7 +244,10 @@ def test_the_script_teaches_a_checkpoint_without_writing_over_it(
     command = ["--env", "sokoban", "--model", str(tiny_folder)]
     with pytest.raises(SystemExit):
         main(command)
-    assert "--model needs --out" in capsys.readouterr().err
+    assert "needs --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--env", "sokoban", "--seed", "1"])  # would replace starts/sokoban
+    assert "needs --out" in capsys.readouterr().err
     small = ["--episodes", "6", "--window-steps", "12", "--lr", "1e-3"]
     main([*command, *small, "--out", str(tmp_path / "taught")])
     said = capsys.readouterr().out
