@@ -81,7 +81,7 @@ def open_run(
     """The checkpoints of a new run or of one to go on with, and the arms that are still to train.
     A folder that cannot be written is found out here, by a first checkpoint."""
     origin = asdict(config) | dict.fromkeys(("out", "resume", *FREE))
-    origin["OMP_NUM_THREADS"] = torch.get_num_threads() * (config.device == "cpu")  # for rounding
+    origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0  # rounds
     origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
     checkpoints = Checkpoints(out, config.checkpoint_every, origin, report.appended)
     try:
