@@ -24,7 +24,6 @@ from rollout import Rollouts
 from segment import Segment
 
 COLUMNS = {  # of a log; row k: of the policy after k iterations and what it plays then.
-    # With --keep-groups all but equal_groups and train_* is about the groups that are kept.
     "iteration": "iterations before this row",
     "eval_success": "of the fixed evaluation episodes (at --eval-temperature)",
     "eval_reward": "their mean return",
@@ -47,7 +46,7 @@ COLUMNS = {  # of a log; row k: of the policy after k iterations and what it pla
     "advantage_std": "over generated tokens",
     "value_loss": "of PPO's critic before it is fitted to these rollouts",
     "explained_variance": "share of the variance of returns that the critic foresaw",
-    "turns": "assistant turns per episode",
+    "turns": "assistant turns per episode (from here on, of the groups that --keep-groups keeps)",
     "cut_turns": "share of turns not ended by the end-of-turn token: mostly at a limit",
     "response_tokens": "generated tokens per episode",
     "action_fraction": "share of ACTION tokens among the generated ones",
@@ -114,7 +113,7 @@ def logs(out: Path) -> list[Path]:
 
 def appended(out: Path) -> list[Path]:
     """All files that a run appends to, as far as they are there."""
-    others = (out / "prompts.csv", out / "samples.txt")
+    others = (out / name for name in ("prompts.csv", "evaluations.csv", "samples.txt"))
     return logs(out) + [path for path in others if path.exists()]
 
 
@@ -148,7 +147,7 @@ def draw(out: Path) -> None:
 
 
 def log_prompts(
-    path: Path, arm: str, iteration: int, prompts: list[int], rollouts: Rollouts
+    path: Path, arm: str, iteration: int, prompts: Sequence[int], rollouts: Rollouts
 ) -> None:
     """Append to a CSV how each group of an iteration ended: what pairs the arms of a run."""
     new = not path.exists()
@@ -161,13 +160,15 @@ def log_prompts(
             writer.writerow((arm, iteration, prompt, f"{success:.6g}"))
 
 
-def paired_difference(out: Path, arm: str, baseline: str) -> tuple[float, float, int]:
-    """Training success of an arm less that of another, over the prompts that both played in the
-    same iteration: mean, its standard error (nan for less than two), and their number."""
+def paired_difference(
+    path: Path, arm: str, baseline: str, iteration: int | None = None
+) -> tuple[float, float, int]:
+    """Success of an arm less that of another, over the prompts that both played in the same
+    iteration (any, or this one): mean, its standard error (nan for less than two), their number."""
     played = {arm: {}, baseline: {}}
-    with (out / "prompts.csv").open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["arm"] in played:
+            if row["arm"] in played and iteration in (None, int(row["iteration"])):
                 pair = row["iteration"], row["prompt"]
                 played[row["arm"]][pair] = float(row["success"])
     both = played[arm].keys() & played[baseline].keys()
@@ -176,10 +177,20 @@ def paired_difference(out: Path, arm: str, baseline: str) -> tuple[float, float,
     return gains.mean().item(), error, len(gains)
 
 
+def verdict(mean: float, error: float, prompts: int) -> str:
+    """A paired difference in words.
+
+    >>> verdict(0.25, 0.1, 64)
+    '+25.0, standard error 10.0 over 64 prompts: more than noise'
+    """
+    said = "more than noise" if abs(mean) > 2 * error else "not more than noise"
+    said = "too few to tell" if prompts < 8 else said
+    return f"{100 * mean:+.1f}, standard error {100 * error:.1f} over {prompts} prompts: {said}"
+
+
 def summary(out: Path) -> str:
     """A table of the arms: evaluation success before, best and after with its standard error; mean
-    success of all training rollouts; seconds an iteration. Below, what sets each arm apart from the
-    first one, prompt by prompt."""
+    success in training; seconds an iteration. Below, each arm less the first, prompt by prompt."""
     heads = f"{'start':>10}{'best':>8}{'final':>8}{'+-':>6}{'gain':>8}"
     lines = [f"{'':14}{heads}{'training mean':>15}{'s/iteration':>13}"]
     for path in logs(out):
@@ -193,15 +204,13 @@ def summary(out: Path) -> str:
         lines.append(line)
     lines.append(f"success on fixed evaluation episodes, and over training; {out / 'curves.png'}")
     names = [path.stem for path in logs(out) if column(path, "train_success")[1]]
+    last = min((column(path, "eval_success")[0][-1] for path in logs(out)), default=0)
     for name in names[1:]:
-        mean, error, prompts = paired_difference(out, name, baseline=names[0])
-        verdict = "more than noise" if abs(mean) > 2 * error else "not more than noise"
-        verdict = "too few to tell" if prompts < 8 else verdict
-        lines.append(
-            f"{name} less {names[0]}: {100 * mean:+.1f} points of training success, standard error "
-            f"{100 * error:.1f} over {prompts} prompts that both played: {verdict} in this run "
-            "(another seed is another run)"
-        )
+        lines.append(f"{name} less {names[0]}, in points (another seed is another run):")
+        phases = (("training", "prompts", None), (f"after {last} iterations", "evaluations", last))
+        for phase, file, iteration in phases:
+            pairs = paired_difference(out / f"{file}.csv", name, names[0], iteration)
+            lines.append(f"  {phase}: {verdict(*pairs)}")
     return "\n".join(lines)
 
 

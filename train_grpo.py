@@ -113,10 +113,11 @@ def train(
         row, last = {"iteration": iteration}, iteration == config.iterations
         # 2. evaluate: before training, every few iterations, and at the end
         if iteration % config.eval_every == 0 or last:
-            stop = EVAL_SEEDS + config.eval_episodes // config.eval_group_size
-            seeds = repeated(range(EVAL_SEEDS, stop), config.eval_group_size)
+            prompts = range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes // config.eval_group_size)
+            seeds = repeated(prompts, config.eval_group_size)
             rollouts = play(policy, config, seeds, config.eval_temperature, sampling_seed=0)
             row |= report.outcomes(rollouts, "eval")
+            report.log_prompts(out / "evaluations.csv", name, iteration, prompts, rollouts)
             row["eval_stderr"] = report.standard_error(rollouts.success, config.eval_group_size)
             if iteration == 0 or last:
                 title = f"{name} after {iteration} iterations"
@@ -177,9 +178,8 @@ def update(
     policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: Tensor,
     weights: Tensor, ref_logprob: Tensor | None, config: Config, rng: random.Random, guard: Guard,
 ) -> dict[str, float]:  # fmt: skip
-    """One pass over the rollouts in shuffled mini-batches, an optimizer step each. advantages,
-    weights and, with a KL penalty, ref_logprob: (B, T). Returns columns of the log: means over
-    tokens; of the gradient, over steps."""
+    """A pass in shuffled mini-batches, a step each. advantages, weights, ref_logprob (KL): (B, T).
+    Returns columns of the log: means over tokens; of the gradient, over steps."""
     response, old_logprob = rollouts.response, rollouts.old_logprob
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
     norms, cosines, previous = [], [], None

@@ -294,7 +294,7 @@ def test_without_checkpoints_there_are_none(tiny_folder, tmp_path, monkeypatch):
     die(monkeypatch, train_grpo, "update", 2)
     with pytest.raises(Killed):
         play(*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "0")
-    assert not (out / "checkpoints").exists() and len(report.appended(out)) == 3
+    assert not (out / "checkpoints").exists() and len(report.appended(out)) == 4
 
 
 # ---------------------------------------------------------------------------- disks and bad numbers

@@ -78,6 +78,7 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
         "grpo.csv",
         "actfocus.csv",
         "prompts.csv",
+        "evaluations.csv",
         "curves.png",
         "samples.txt",
         "grpo",
@@ -92,10 +93,21 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
         assert f"===== {title} iterations: " in samples
     assert "<|im_start|>assistant" in samples and "<tool_response>" in samples
     assert result.stdout.count("The loss says little") == 1
-    *_, table, _, paired = result.stdout.splitlines()
+    *_, table, _, paired, training, evaluation = result.stdout.splitlines()
     assert "training mean" in result.stdout and table.startswith("actfocus")
-    assert paired.startswith("actfocus less grpo: ") and "over 4 prompts" in paired
-    assert "too few to tell" in paired
+    assert paired.startswith("actfocus less grpo, in points")
+    assert "training: " in training and "over 4 prompts" in training
+    assert "too few to tell" in training
+    assert evaluation.startswith("  after 2 iterations: ")
+    for arm in ("grpo", "actfocus"):  # what each evaluation's mean is of
+        for row in read(out / f"{arm}.csv"):
+            if row["eval_success"]:
+                each = [
+                    float(one["success"])
+                    for one in read(out / "evaluations.csv")
+                    if (one["arm"], one["iteration"]) == (arm, row["iteration"])
+                ]
+                assert sum(each) / len(each) == pytest.approx(float(row["eval_success"]), abs=1e-5)
 
 
 def test_in_bfloat16_the_ratio_of_a_first_update_is_one(start, tmp_path):
@@ -116,9 +128,11 @@ def test_the_paired_difference_by_hand(tmp_path):
     lines = ["arm,iteration,prompt,success", "grpo,0,7,0.25", "grpo,0,8,0.5", "grpo,1,7,0.5"]
     lines += ["actfocus,0,7,0.75", "actfocus,0,8,0.5", "actfocus,1,7,0.75", "actfocus,1,9,1"]
     (tmp_path / "prompts.csv").write_text("\n".join(lines) + "\n")
-    mean, error, prompts = paired_difference(tmp_path, "actfocus", baseline="grpo")
+    mean, error, prompts = paired_difference(tmp_path / "prompts.csv", "actfocus", "grpo")
     assert (mean, prompts) == (pytest.approx(0.25), 3)
     assert error == pytest.approx(0.25 / math.sqrt(3))  # their standard deviation is 0.25
+    mean, error, prompts = paired_difference(tmp_path / "prompts.csv", "actfocus", "grpo", 1)
+    assert (mean, prompts) == (0.25, 1) and math.isnan(error)
 
 
 def test_gradient_agreement_is_the_cosine_of_successive_gradients(built_in, played):
