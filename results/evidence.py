@@ -20,12 +20,15 @@ from arms import ARMS  # noqa: E402
 from config import ActFocusConfig  # noqa: E402
 from diagnose import spearman_test  # noqa: E402
 from gradient_signal import WEIGHTINGS  # noqa: E402
-from report import measures, t_interval  # noqa: E402
+from report import column, measures, t_interval  # noqa: E402
 
 HERE = Path(__file__).parent
 # comparisons of ten iterations at the world's own rate
 ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "weights/*")
 MARKERS = "osD^v"
+DOSE_SEEDS = 4
+# in signal.png these are told apart by their place
+COLORS = {"actfocus-beta2": "darkred", "no-reasoning": "black"}
 SHOWN = {"final": "evaluation success after the run, %", "training": "mean training success, %"}
 
 
@@ -70,6 +73,73 @@ def draw_rates(folder: Path) -> None:
     figure.savefig(folder / "rate.png", dpi=110)
 
 
+# ---------------------------------------------------------------------------- dose and response
+class Dose(NamedTuple):
+    """FrozenLake with some number of free sentences in a thought, on the same seeds."""
+
+    thoughts: int
+    share: float  # action tokens of the tokens generated in GRPO's first iteration, %
+    gains: list[float]  # of ActFocus over GRPO in mean training success, points, by seed
+    promised: list[float]  # gain in signal over noise before training: low, middle, high
+
+
+def doses(folder: Path) -> list[Dose]:
+    """By action share; the default start's runs are those of compare/, as many seeds of them."""
+    sources = {6: (HERE / "compare", HERE / "signal/frozenlake")}
+    for runs in folder.glob("thoughts*"):
+        sources[int(runs.name.removeprefix("thoughts"))] = (runs, runs / "signal")
+    found = []
+    for thoughts, (runs, signal) in sources.items():
+        logs = [
+            [runs / f"frozenlake/{arm}-seed{seed}/{arm}.csv" for arm in ("grpo", "actfocus")]
+            for seed in range(DOSE_SEEDS)
+        ]
+        training = [[measures(log, threshold=0.5)["training"] for log in pair] for pair in logs]
+        shares = [column(grpo, "action_fraction")[1][0] for grpo, _ in logs]
+        gains = [actfocus - grpo for grpo, actfocus in training]
+        row = signal_row(signal, "actfocus")
+        found.append(Dose(thoughts, 100 * float(np.mean(shares)), gains, row))
+    return sorted(found, key=lambda dose: dose.share)
+
+
+def draw_doses(found: list[Dose], path: Path) -> None:
+    """What signal over noise promised at each action share, and what ActFocus gained."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    promised, gained = figure.subplots(1, 2)
+    x, style = [dose.share for dose in found], {"fmt": "o-", "capsize": 3}
+    low, middle, high = np.array([dose.promised for dose in found]).T  # (doses,) each
+    promised.errorbar(x, middle, [middle - low, high - middle], color="black", **style)
+    means = [np.mean(dose.gains) for dose in found]
+    half = [t_interval(dose.gains) for dose in found]
+    gained.errorbar(x, means, half, color=ARMS["actfocus"].color, **style)
+    gained.plot(x, [dose.gains for dose in found], "_", color=ARMS["actfocus"].color, alpha=0.7)
+    promised.set_ylabel("ActFocus's signal / noise before training, less GRPO's")
+    gained.set_ylabel("ActFocus's mean training success less GRPO's, points")
+    for axes in (promised, gained):
+        axes.set_xlabel("action tokens, % (free sentences in a thought)")
+        axes.set_xticks(x, [f"{dose.share:.0f} ({dose.thoughts})" for dose in found])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"FrozenLake: dashes are the {DOSE_SEEDS} seeds, bars 95 % intervals")
+    figure.savefig(path, dpi=110)
+
+
+def describe_doses(found: list[Dose]) -> str:
+    """A row a dose, and how the gain changes with the action share, a slope a seed."""
+    lines = ["free sentences  action tokens  promised  gained, points"]
+    for thoughts, share, gains, (_, promised, _) in found:
+        gained = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f}"
+        lines.append(f"{thoughts:14} {share:13.1f}% {promised:+9.3f}  {gained}")
+    shares = [dose.share for dose in found]
+    slopes = np.polyfit(shares, [dose.gains for dose in found], 1)[0]  # (seeds,)
+    change = slopes * (max(shares) - min(shares))
+    lines.append(
+        f"from the least share to the largest, by a line: {np.mean(change):+.1f} ± "
+        f"{t_interval(change):.1f} points ({DOSE_SEEDS} seeds)"
+    )
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------- signal over noise, and gains
 class Pair(NamedTuple):
     """A way of weighing tokens, and GRPO on the same prompts."""
@@ -91,13 +161,19 @@ def trained_pairs() -> list[Pair]:
         training[config["env"], weighting(config)][config["seed"]] = success
     pairs = []
     for (env, name), runs in sorted(training.items()):
-        if name not in ("grpo", ""):
-            with (HERE / "signal" / env / "signal.csv").open(newline="", encoding="utf-8") as file:
-                (row,) = (row for row in csv.DictReader(file) if row["name"] == name)
-            ratio = [float(row[f"adam_gain{end}"]) for end in ("_low", "", "_high")]
+        ratio = signal_row(HERE / "signal" / env, name)
+        if ratio and name != "grpo":
             gains = [runs[seed] - training[env, "grpo"][seed] for seed in sorted(runs)]
             pairs.append(Pair(env, name, ratio, gains))
     return pairs
+
+
+def signal_row(folder: Path, name: str) -> list[float]:
+    """A weighting's gain in signal over noise, as a diagnosis has it: low, middle, high; [] if it
+    does not have it."""
+    with (folder / "signal.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] == name]
+    return [float(row[f"adam_gain{end}"]) for row in rows for end in ("_low", "", "_high")]
 
 
 def weighting(config: dict) -> str:
@@ -117,7 +193,7 @@ def draw_pairs(pairs: list[Pair]) -> None:
     axes = figure.subplots()
     for pair in pairs:
         (low, x, high), y = pair.ratio, np.mean(pair.gains)
-        color = WEIGHTINGS[pair.weighting].color
+        color = COLORS.get(pair.weighting, WEIGHTINGS[pair.weighting].color)
         marker = MARKERS[worlds.index(pair.env)]
         axes.errorbar(
             x, y, yerr=t_interval(pair.gains), xerr=[[x - low], [high - x]], fmt=marker,
@@ -129,7 +205,8 @@ def draw_pairs(pairs: list[Pair]) -> None:
     ]
     for name in sorted({pair.weighting for pair in pairs}):
         arm = WEIGHTINGS[name]
-        handles.append(Line2D([], [], color=arm.color, marker="o", linestyle="", label=arm.label))
+        style = {"color": COLORS.get(name, arm.color), "marker": "o", "linestyle": ""}
+        handles.append(Line2D([], [], label=arm.label, **style))
     axes.legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.set(
         xlabel="signal / noise of the gradient before training, less GRPO's\n"
@@ -164,6 +241,7 @@ def describe_pairs(pairs: list[Pair]) -> str:
 
 if __name__ == "__main__":
     draw_rates(HERE / "rate")
-    found = trained_pairs()
-    draw_pairs(found)
-    print(describe_pairs(found))
+    pairs, dosed = trained_pairs(), doses(HERE / "dose")
+    draw_pairs(pairs)
+    draw_doses(dosed, HERE / "dose" / "dose.png")
+    print(describe_pairs(pairs), describe_doses(dosed), sep="\n\n")
