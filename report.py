@@ -23,7 +23,7 @@ from policy import Policy
 from rollout import Rollouts
 from segment import Segment
 
-COLUMNS = {  # of a log; row k: of the policy after k iterations and what it plays then.
+COLUMNS = {  # of a log; row k: of the policy after k iterations and what it plays then
     "iteration": "iterations before this row",
     "eval_success": "of the fixed evaluation episodes (at --eval-temperature)",
     "eval_reward": "their mean return",

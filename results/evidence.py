@@ -27,8 +27,9 @@ HERE = Path(__file__).parent
 ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "weights/*")
 MARKERS = "osD^v"
 DOSE_SEEDS = 4
-# in signal.png these are told apart by their place
-COLORS = {"actfocus-beta2": "darkred", "no-reasoning": "black"}
+# signal.png tells the last two apart by their place
+COLORS = {name: arm.color for name, arm in WEIGHTINGS.items()}
+COLORS |= {"actfocus-beta2": "darkred", "no-reasoning": "black"}
 SHOWN = {"final": "evaluation success after the run, %", "training": "mean training success, %"}
 
 
@@ -193,7 +194,7 @@ def draw_pairs(pairs: list[Pair]) -> None:
     axes = figure.subplots()
     for pair in pairs:
         (low, x, high), y = pair.ratio, np.mean(pair.gains)
-        color = COLORS.get(pair.weighting, WEIGHTINGS[pair.weighting].color)
+        color = COLORS[pair.weighting]
         marker = MARKERS[worlds.index(pair.env)]
         axes.errorbar(
             x, y, yerr=t_interval(pair.gains), xerr=[[x - low], [high - x]], fmt=marker,
@@ -204,9 +205,8 @@ def draw_pairs(pairs: list[Pair]) -> None:
         for world, marker in zip(worlds, MARKERS, strict=False)
     ]
     for name in sorted({pair.weighting for pair in pairs}):
-        arm = WEIGHTINGS[name]
-        style = {"color": COLORS.get(name, arm.color), "marker": "o", "linestyle": ""}
-        handles.append(Line2D([], [], label=arm.label, **style))
+        style = {"color": COLORS[name], "marker": "o", "linestyle": ""}
+        handles.append(Line2D([], [], label=WEIGHTINGS[name].label, **style))
     axes.legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.set(
         xlabel="signal / noise of the gradient before training, less GRPO's\n"
