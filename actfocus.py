@@ -39,15 +39,15 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def most_varied_groups(rewards: Tensor, group_size: int, share: float) -> Tensor:
-    """Indices, in order, of the rollouts in that share of the groups whose rewards vary most: the
-    paper's reward-variance filter. rewards: (B,).
+    """Indices, in order, of the rollouts in that share (rounded up) of the groups whose rewards
+    vary most: the paper's reward-variance filter. rewards: (B,).
 
     >>> most_varied_groups(torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 4.0]), 2, share=0.5)
     tensor([2, 3, 6, 7])
     """
     groups = torch.arange(len(rewards), device=rewards.device).view(-1, group_size)  # (P, G)
     order = rewards[groups].var(dim=1, correction=0).argsort(descending=True, stable=True)
-    return groups[order[: math.ceil(share * len(groups))].sort().values].flatten()
+    return groups[order[: math.ceil(round(share * len(groups), 9))].sort().values].flatten()
 
 
 def actfocus_weights(

@@ -52,9 +52,8 @@ def scatter_weights(weights: Tensor, rollouts: Rollouts, seed: int) -> Tensor:
 
 
 def blame_silence(weights: Tensor, rollouts: Rollouts, seed: int) -> Tensor:
-    """Weight 1 in turns without an action token. Such a turn is reasoning to its end, so ActFocus
-    blames it with a tenth of the weight only. (Our decision, not the paper's: results/worlds.md.)
-    """
+    """Weight 1 in turns without an action token. Most such turns never leave their thought, and
+    ActFocus blames them with a tenth of the weight only. (Our decision: results/worlds.md.)"""
     response, turn = rollouts.response, turn_numbers(rollouts.response)  # (B, T)
     action = (rollouts.labels == Segment.ACTION).long()
     calls = torch.zeros_like(turn).scatter_reduce(1, turn, action, "amax")  # (B, T), by turn

@@ -103,7 +103,10 @@ def cut_back(logs: list[Path], lengths: dict[str, int]) -> None:
     if lost:
         raise ValueError(f"{', '.join(lost)} is shorter than when it was saved: put it back")
     for log in logs:
-        os.truncate(log, lengths[log.name]) if log.name in lengths else log.unlink()
+        if log.name in lengths:
+            os.truncate(log, lengths[log.name])
+        else:
+            log.unlink()
 
 
 def sync(path: Path) -> int:

@@ -90,7 +90,7 @@ def check_bounds(config) -> None:
     that cannot be used."""
     for each in fields(config):
         value, low, high = getattr(config, each.name), each.metadata["low"], each.metadata["high"]
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+        if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
             bound = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
             flag = each.name.replace("_", "-")
             raise ValueError(f"--{flag} is {value}: it must be {bound}")
@@ -164,7 +164,7 @@ class Config:
         1, "of them with the same prompt (the paper has 512, in groups of 16)", 1
     )
     eval_temperature: float = option(0.5, "sampling temperature of evaluations", 0.01)
-    seed: int = option(0, "of the prompts and of sampling", 0)
+    seed: int = option(0, "of the prompts and of sampling", 0, 10**9)
     device: str = option(DEVICE, "torch device")
     bfloat16: bool = option(False, "compute in bfloat16 on a CPU, too: faster where it has AVX-512")
     out: str | None = option(None, "results folder; else runs/<time>-<env>-seed<seed>", kind=str)
@@ -238,5 +238,8 @@ class ActFocusConfig(Config):
         uniform ones."""
         given = {"alpha": self.alpha, "beta": self.beta, "signal": self.signal}
         given = {name: value for name, value in given.items() if value is not None}
-        arms = {name: ARMS[name] for name in self.arms.split(",")[self.no_baseline :]}
+        names = self.arms.split(",")
+        if self.no_baseline:
+            del names[0]
+        arms = {name: ARMS[name] for name in names}
         return {name: arm if arm.uniform else replace(arm, **given) for name, arm in arms.items()}

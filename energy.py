@@ -1,11 +1,11 @@
-"""Token energy: how unsure a frozen reference model is of what comes next.
+"""Token energy: the paper's measure of how unsure a frozen reference is of what comes next.
 
     energy = token_energy(reference_logits)                         # if you have the logits
     energy = token_stats(reference_hidden, head, targets).energy    # if they would not fit
 
-The energy of a position is E = -logsumexp(logits): how much raw, unnormalised score the model has
-for whatever may come. `token_stats` works through chunks of tokens, since the logits of N tokens
-over a vocabulary of V are by far the largest tensors of a training step.
+The energy of a position is E = -logsumexp(logits): the size of the raw logits, which softmax, and
+with it the entropy, does not see. `token_stats` works through chunks of tokens, for the logits of N
+tokens over a vocabulary of V are by far the largest tensors of a training step.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def token_energy(logits: Tensor) -> Tensor:
     """E = -logsumexp(logits) over the last axis: (..., V) -> (...), float32 whatever the dtype.
 
     Paper: the energy of token y_t comes from the reference's raw logits at the position that
-    *predicts* y_t, without a temperature. A confident position (one high logit) has low energy.
+    *predicts* y_t, without a temperature. One high logit makes it low (confident); so do several.
 
-    >>> token_energy(torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
-    tensor([-0.6931, -9.0001])
+    >>> token_energy(torch.tensor([[0.0, 0.0], [9.0, 0.0], [9.0, 9.0]]))
+    tensor([-0.6931, -9.0001, -9.6931])
     """
     return -torch.logsumexp(logits.float(), dim=-1)
 

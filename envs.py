@@ -6,12 +6,12 @@
 
 An environment has `tools` (JSON schemas in the OpenAI form, for chat templates), `system` (the
 instructions, with what each symbol means and each mistake costs), `reset(seed) -> str`,
-`step(reply) -> Step` and `done`: an episode is a pure function of the seed and the replies. For the
-warm start alone: `demonstrate(rng, skill)`, a turn of a scripted player, and its usual `skill`.
+`step(reply) -> Step`: an episode is a pure function of the seed and the replies. For the warm start
+alone: `demonstrate(rng, skill)`, a scripted player's turn, its usual `skill`, `done`, `malformed`.
 
-It executes exactly what `segment.py` labels ACTION: the text between the first `<tool_call>` and
-the next `</tool_call>`, or the end of the turn. A reply is untrusted: nothing in it raises, and
-none of it is repeated in an observation, so that a model cannot write its own tool response.
+The call is what `segment.py` labels ACTION: the text between the first `<tool_call>` and the next
+`</tool_call>`, or the end of the turn. A reply is untrusted: nothing in it raises, and none of it
+is repeated in an observation, so that a model cannot write its own tool response.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 DIRECTIONS = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
 COLUMNS = "abcdefghi"
+TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,)}
 Cell = tuple[int, int]  # (row, column), from 0
 
 
@@ -58,6 +59,8 @@ class Effect(NamedTuple):
 # --------------------------------------------------------------------------- the protocol of a turn
 def tool_schema(name: str, description: str, properties: dict[str, dict]) -> dict:
     """A tool in the OpenAI form; every property is required and no other is allowed."""
+    if unknown := [each for each in properties.values() if each.get("type") not in TYPES]:
+        raise ValueError(f"{name} takes {unknown}: a type is one of {', '.join(TYPES)}")
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
     function = {"name": name, "description": description, "parameters": parameters}
     return {"type": "function", "function": function}
@@ -95,8 +98,7 @@ def read_call(reply: str, tools: list[dict]) -> tuple[Call | None, str]:
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     if not isinstance(call["name"], str) or call["name"] not in schemas:
         return None, f"There is no such tool: the tools are {', '.join(schemas)}."
-    problem = check_arguments(call["arguments"], schemas[call["name"]])
-    if problem:
+    if problem := check_arguments(call["arguments"], schemas[call["name"]]):
         return None, problem
     if not closing:
         problem = "The <tool_call> is not closed by </tool_call>."
@@ -111,9 +113,9 @@ def check_arguments(arguments: object, schema: dict) -> str:
     if not isinstance(arguments, dict) or set(arguments) != set(schema["required"]):
         return f"The arguments must be a JSON object with exactly: {', '.join(schema['required'])}."
     for name, value in arguments.items():
-        wanted = {"string": str, "integer": int}[properties[name]["type"]]
-        if type(value) is not wanted:  # not isinstance: True is an int, but no JSON integer
-            return f"The argument {name} must be of type {properties[name]['type']}."
+        wanted = properties[name]["type"]
+        if type(value) not in TYPES[wanted]:  # not isinstance: True is an int, but no JSON integer
+            return f"The argument {name} must be of type {wanted}."
         choices = properties[name].get("enum", [value])
         if value not in choices:
             return f"The argument {name} must be one of {', '.join(map(str, choices))}."
@@ -129,9 +131,8 @@ def check_facts(reply: str, truths: dict[str, set[str]]) -> tuple[int, int]:
     (2, 1)
     """
     thought = reply.partition("<tool_call>")[0].partition("<think>")[2].partition("</think>")[0]
-    verdicts = []
-    for pattern, truth in truths.items():  # no thought is that long: a bound on untrusted text
-        verdicts += [said in truth for said in re.findall(pattern, thought[:10_000])]
+    thought = thought[:10_000]  # none is that long: a bound on untrusted text
+    verdicts = [said in truths[each] for each in truths for said in re.findall(each, thought)]
     return len(verdicts), sum(verdicts)
 
 
@@ -195,9 +196,9 @@ class World:
     def _think(self, facts: list[str], rng: random.Random) -> str:
         """A thought: the facts in their order, and free sentences anywhere between them."""
         free = rng.sample(self.free_sentences, self.thoughts)
-        order = [iter(facts)] * len(facts) + [iter(free)] * len(free)
-        rng.shuffle(order)
-        return " ".join(next(source) for source in order)
+        sources = [facts] * len(facts) + [free] * len(free)
+        rng.shuffle(sources)
+        return " ".join(source.pop(0) for source in sources)
 
 
 def choose(rng: random.Random, skill: float, best: list, options: list):
@@ -239,11 +240,10 @@ def draw_board(size: int, symbols: dict[Cell, object]) -> list[str]:
 
 # -------------------------------------------------------------------------------------- frozen lake
 class FrozenLake(World):
-    """Walk from P to G over slippery ice without falling into a hole O. Holes are put anywhere but
-    on one shortest walk from start to goal, so that every map can be solved. A move slips to one of
-    its two sides with probability `slip`. Slips are drawn from seed and turn, so that the episodes
-    of a GRPO group share their slips, and with shared_slips=False also from all that was said.
-    Raises ValueError for options that leave no playable map."""
+    """Walk from P to G over slippery ice without falling into a hole O. Holes lie anywhere but on
+    one shortest walk, so that every map can be solved. A move slips to one of its two sides with
+    probability `slip`, drawn from seed and turn, so that a group shares its slips, and with
+    shared_slips=False also from what was said. ValueError: options that leave no playable map."""
 
     skill, plan = 0.55, ""  # a thought says nothing of the move: the tool call decides it
     sayings = """The ice is slippery, so a move may go to one side. A hole would end the game at

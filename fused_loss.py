@@ -173,13 +173,13 @@ class _FusedPolicyLoss(torch.autograd.Function):
                 # d entropy / dz = -p * (log p + entropy),             p = softmax(z)
                 on_logprob = on_logprob[:, None] / temperature  # (m, 1)
                 q = p if temperature == 1.0 else logq.exp_()  # in the memory of log q
-                by_p = logp.add_(entropy[here, None]).mul_(on_entropy[:, None])  # of log p
+                of_entropy = logp.add_(entropy[here, None]).mul_(on_entropy[:, None])  # / -p
                 if q is p:
-                    p.mul_(by_p.add_(on_logprob)).neg_()  # -p * (by_p + on_logprob)
+                    grad_z = p.mul_(of_entropy.add_(on_logprob)).neg_()  # z's memory holds it now
                 else:
-                    p.mul_(by_p).addcmul_(q, on_logprob).neg_()  # -(p * by_p + q * on_logprob)
-                p.scatter_add_(-1, targets[here, None], on_logprob)  # + onehot * on_logprob
-            grad_z = z.to(hidden.dtype)  # z holds the gradient now
+                    grad_z = p.mul_(of_entropy).addcmul_(q, on_logprob).neg_()
+                grad_z.scatter_add_(-1, targets[here, None], on_logprob)  # + onehot * on_logprob
+            grad_z = z.to(hidden.dtype)  # of all parts
             if wants_hidden or wants_head:
                 grad_hidden[rows] = matmul(grad_z, head).to(hidden.dtype)
             if wants_head:

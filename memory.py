@@ -63,7 +63,7 @@ def estimate(
     max_tokens each: the cache is what it can become.
     """
     on_cpu = torch.device(device).type == "cpu"
-    bfloat16 = bfloat16 or not on_cpu
+    bfloat16 = bfloat16 or torch.device(device).type == "cuda"
     size = 2 if bfloat16 else 4  # bytes of a number that is computed with
     network = empty_model(shape)
     parameters = sum(p.numel() for p in network.parameters())

@@ -28,7 +28,7 @@ class Segment(IntEnum):
     OTHER = 0  # prompt, tool responses, template text, padding: never in the loss
     FORMAT = 1  # tags, white space and stray text around the spans, the end-of-turn token
     REASONING = 2  # from after <think> up to </think> or <tool_call>
-    ACTION = 3  # from after the first <tool_call> up to </tool_call>: exactly what is executed
+    ACTION = 3  # from after the first <tool_call> up to </tool_call>: what is read as the call
 
 
 TAG = re.compile(rb"</?(?:think|tool_call)>")
@@ -82,14 +82,14 @@ def segment_turn(
     ['FORMAT', 'REASONING', 'REASONING', 'FORMAT', 'FORMAT', 'ACTION', 'ACTION', 'FORMAT']
     """
     ended = bool(tokens) and tokens[-1] == end_of_turn  # where it has bytes
-    spoken = tokens[: len(tokens) - ended]
+    spoken = tokens[:-1] if ended else tokens
     byte_labels = _label_bytes(opening + b"".join(spoken))
     labels, start = [], len(opening)
     for token in spoken:
         stop = start + len(token)
         labels.append(Segment(max(byte_labels[start:stop], default=Segment.FORMAT)))
         start = stop
-    return labels + [Segment.FORMAT] * ended
+    return [*labels, Segment.FORMAT] if ended else labels
 
 
 def _label_bytes(text: bytes) -> bytearray:

@@ -34,7 +34,7 @@ from config import FREE, Config, parse
 from energy import TokenStats
 from fused_loss import fused_policy_loss
 from policy import Policy, load_policy
-from rollout import Rollouts, repeated, rollout, score_all, scored_hidden
+from rollout import Rollouts, repeated, rollout, score_all, scored_hidden, start_rows
 from segment import Segment
 from warm_start import EVAL_SEEDS, start_folder
 from worlds import make_env
@@ -48,8 +48,9 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
         memory.announce(folder, config, arms.values())
         policy = load_policy(folder, config.device, config.bfloat16)
+        start_rows(policy, lambda: make_env(config.env), [EVAL_SEEDS], 0, config.max_tokens)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"the policy cannot be loaded: {error}") from None
+        raise SystemExit(f"the run cannot begin: {error}") from None
     if config.gradient_checkpointing:
         policy.recompute()
     start = {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
@@ -148,15 +149,14 @@ def train(
             else:
                 advantages, returns = critic.advantages(rollouts)  # (B, T) each
             # 6. token weights: here the arms differ, and nowhere else. GRPO: alpha 1, beta 0
-            signal = torch.zeros(response.shape, device=policy.device)
+            signal, ref_logprob = torch.zeros(response.shape, device=policy.device), None
             if reference is not None:  # KL needs it at all tokens, the weights at action tokens
-                chosen = response if config.kl_coef else action
-                frozen = score(reference, rollouts, chosen, config)
+                frozen = score(reference, rollouts, response if config.kl_coef else action, config)
                 signal = token_signals(frozen, rollouts.old_logprob)[arm.signal]
+                ref_logprob = frozen.logprob if config.kl_coef else None
             weights = actfocus_weights(signal, reasoning, action, response, arm.alpha, arm.beta)
             if arm.change:  # a control
                 weights = arm.change(weights, rollouts, seed=config.seed + 1000 * iteration)
-            ref_logprob = frozen.logprob if config.kl_coef else None
             # 7. mini-batch updates
             row |= report.behaviour(rollouts, weights, advantages, policy.end_of_turn)
             guard.place = f"{name}, iteration {iteration}"

@@ -89,10 +89,11 @@ def reward_at_end(rewards: Tensor, response: Tensor) -> Tensor:
 
 def whiten(advantages: Tensor, response: Tensor) -> Tensor:
     """(B, T): mean 0 and standard deviation 1 over all response tokens of the batch, as other
-    trainers do (our decision: the paper does not say)."""
+    trainers do (our decision: the paper does not say); all 0 if they are equal."""
     chosen = advantages[response]
     spread = (advantages - chosen.mean()) / (chosen.std(correction=0) + 1e-6)
-    return torch.where(response, spread, 0.0)
+    equal = (chosen == chosen[:1]).all()  # as in group_advantages: rounding is no advantage
+    return torch.where(response & ~equal, spread, 0.0)
 
 
 class Critic:

@@ -3,13 +3,12 @@
     python warm_start.py --env sokoban                                  # makes starts/sokoban anew
     python warm_start.py --env sokoban --model FOLDER --out FOLDER      # teaches a checkpoint
 
-Random weights cannot play, and a small pretrained model seldom calls a tool as it should. So a
-policy first imitates scripted turns of mediocre skill: it learns to read the board, to state facts
-about it and to call the tool. The choice of good moves is left to RL.
+Random weights cannot play, and small pretrained models seldom call a tool as they should. So a
+policy first imitates scripted turns of mediocre skill; the choice of good moves is left to RL.
 
 The built-in model of a world is a Qwen2 of 0.4M parameters with a byte-level BPE of its own. It is
-made once and committed (starts/), since rounding makes it another model on another machine; one
-with other settings is made on first use and kept in $ACTFOCUS_CACHE (default ~/.cache/actfocus).
+committed (starts/), since rounding makes it another model on another machine; one with other
+settings is made on first use and kept in $ACTFOCUS_CACHE (default ~/.cache/actfocus).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import random
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -42,8 +41,7 @@ from segment import Segment, token_bytes
 from worlds import ENVIRONMENTS, make_env
 
 STARTS = Path(__file__).with_name("starts")
-# Training draws seeds below 10**9.
-WARM_START_SEEDS = 1_000_000_000  # and on: demonstrated
+WARM_START_SEEDS = 1_000_000_000  # and on: demonstrated (training draws seeds below)
 EVAL_SEEDS = 2_000_000_000  # and on: evaluated
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's splitting rule, but a digit takes its space along; a cell's name and a tag are one piece.
@@ -83,19 +81,18 @@ class WarmStart:
     seed: int = 0
 
     def make_env(self):
-        """The world to demonstrate in."""
-        return make_env(self.env, **({} if self.thoughts is None else {"thoughts": self.thoughts}))
+        """The world to demonstrate in. Raises ValueError for one that cannot."""
+        env = make_env(self.env, **({} if self.thoughts is None else {"thoughts": self.thoughts}))
+        if not hasattr(env, "demonstrate"):
+            raise ValueError(f"{self.env} has no demonstrations to learn from: give --model")
+        return env
 
 
-# ------------------------------------------------------------------------------- the built-in model
 def start_folder(env: str, **settings) -> Path:
     """The checkpoint folder of a world's built-in model: the committed one if it has these
-    settings (fields of `WarmStart`), else one from the cache, where it is made on first use.
-
-    A folder in the cache is written elsewhere and moved there whole; one that was damaged since is
-    made anew. Raises ValueError for a world or an option that there is not, and if the committed
-    one is damaged.
-    """
+    settings (fields of `WarmStart`), else one from the cache, where it is made on first use, moved
+    there whole, and made anew if it was damaged since. Raises ValueError for a world or an option
+    that there is not, and if the committed one is damaged."""
     wanted = WarmStart(env, **settings)
     shape, committed = fingerprint(wanted), STARTS / env
     if committed.exists():
@@ -146,11 +143,8 @@ def checksum(folder: Path) -> str:
 
 def fingerprint(settings: WarmStart) -> str:
     """16 hex digits that stand for what shapes the model: settings, the tokenizer's rule, the chat
-    template, and what the demonstrations of a few seeds say. Not the source: a comment may change.
-    """
+    template, what a few demonstrations say. Not the source, for a comment may change."""
     env, rng = settings.make_env(), random.Random(0)
-    if not hasattr(env, "demonstrate"):
-        raise ValueError(f"{settings.env} has no demonstrations to learn from: give --model")
     shown = [play_demonstration(env, seed, rng, env.skill) for seed in range(20)]
     parts = [asdict(settings), PATTERN, CHAT_TEMPLATE, env.system, env.tools, env.skill, shown]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -202,9 +196,8 @@ def learn_tokenizer(env, episodes: list[Episode], size: int) -> PreTrainedTokeni
     blank.decoder = decoders.ByteLevel()
     tools = "\n".join(map(json.dumps, env.tools))
     texts = [env.system, f"{tools}\n<tools>\n</tools>\nsystem\nuser\nassistant\n"] * len(episodes)
-    for seen, said in episodes:
-        for shown, turn in zip(seen, said, strict=True):
-            texts.append(f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n")
+    pairs = [pair for seen, said in episodes for pair in zip(seen, said, strict=True)]
+    texts += [f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n" for shown, turn in pairs]
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -229,14 +222,15 @@ def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple
 def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -> None:
     """Supervised training on the assistant's tokens, in place: windows of turns, then episodes."""
     windows, wholes = [], []
+    written = "<think>\n" if policy.opening else ""  # of a turn, by the template
     for seen, said in episodes:
-        replies = [policy.encode(turn) + [policy.end_of_turn] for turn in said]
+        said = [policy.encode(turn.removeprefix(written)) + [policy.end_of_turn] for turn in said]
         results = [policy.result(observation) for observation in seen]
-        for i in range(0, len(replies), settings.window):
+        for i in range(0, len(said), settings.window):
             some = slice(i, i + settings.window)
-            windows.append(imitation_target(results[some], replies[some]))
+            windows.append(imitation_target(results[some], said[some]))
         opening = policy.prompt(env.system, env.tools, seen[0])
-        wholes.append(imitation_target([opening] + results[1:], replies))
+        wholes.append(imitation_target([opening] + results[1:], said))
     rng = random.Random(settings.seed)
     batches = [rng.sample(windows, settings.window_batch) for _ in range(settings.window_steps)]
     mean_length = sum(len(ids) for ids, _ in wholes) / len(wholes)
@@ -245,14 +239,15 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
 
     model = policy.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, (0.9, 0.98), weight_decay=0.01)
-    schedule = OneCycleLR(optimizer, settings.lr, total_steps=len(batches), pct_start=0.05)
+    steps = max(21, len(batches))  # with 20 and these 5 % OneCycleLR divides by zero
+    schedule = OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=0.05)
     progress = tqdm(batches, desc="warm start", unit="step", dynamic_ncols=True)
     for batch in progress:
-        ids = pad_sequence([ids for ids, _ in batch], batch_first=True).to(policy.device)  # (B, T)
-        spoken = pad_sequence([mask for _, mask in batch], batch_first=True).to(policy.device)
-        hidden = policy.hidden(ids)[:, :-1][spoken[:, 1:]]  # (N, H): what predicts each reply token
+        padded = [pad_sequence(x, batch_first=True) for x in zip(*batch, strict=True)]
+        ids, mask = (x.to(policy.device) for x in padded)  # (B, T) each
+        hidden = policy.hidden(ids)[:, :-1][mask[:, 1:]]  # (N, H): what predicts each reply token
         with policy.autocast():
-            loss = -token_stats(hidden, policy.head, ids[:, 1:][spoken[:, 1:]]).logprob.mean()
+            loss = -token_stats(hidden, policy.head, ids[:, 1:][mask[:, 1:]]).logprob.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -268,10 +263,11 @@ def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: i
     worlds = [settings.make_env() for _ in range(episodes)]
     seeds = range(EVAL_SEEDS, EVAL_SEEDS + episodes)
     rollouts = rollout(policy, iter(worlds).__next__, seeds, temperature)
-    malformed = sum(world.malformed for world in worlds) / rollouts.turns.sum().item()
+    turns = max(1, rollouts.turns.sum().item())
+    malformed = sum(world.malformed for world in worlds) / turns
     success = rollouts.success.float().mean().item()
     facts = (rollouts.true_facts.sum() / rollouts.facts.sum().clamp(min=1)).item()
-    silent = (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item()
+    silent = rollouts.turns_without_facts.sum().item() / turns
     action = ((rollouts.labels == Segment.ACTION).sum() / rollouts.response.sum()).item()
     return (
         f"temperature {temperature:g}: success {success:.1%}, {facts:.1%} of the facts true, "
@@ -286,8 +282,7 @@ What training starts from, for everyone: {parameters:,} parameters, float32, mad
     python warm_start.py --env {env}
 
 with torch {torch} and transformers {transformers}; rounding makes it another model on another
-machine, so this one is committed. `start.json` names what it belongs to (a hash of settings and
-demonstrated text); a test holds it to the code. Over the 128 episodes of evaluation:
+machine. `start.json` names what it belongs to. Over the 128 episodes of evaluation:
 
 {lines}
 """
@@ -307,43 +302,48 @@ def make_start(settings: WarmStart, folder: Path) -> None:
     print(text)
 
 
-def teach(model: str, settings: WarmStart, folder: Path, device: str, bfloat16: bool) -> None:
+def teach(policy: Policy, settings: WarmStart, folder: Path) -> None:
     """Warm-start a checkpoint on the demonstrations of a world, and say what it changed."""
-    policy, env = load_policy(model, device, bfloat16), settings.make_env()
-    print(f"before: {measure(policy, settings, 0.5, episodes=32)}")
+    env = settings.make_env()
+    print(f"before: {measure(policy, settings, 0.5, episodes=32)}", flush=True)
     imitate(policy, env, demonstrations(env, settings), settings)
     policy.save(folder)
     print(f"after:  {measure(policy, settings, 0.5, episodes=32)}\nwritten to {folder}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--env", choices=list(ENVIRONMENTS), default="frozenlake")
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--env", choices=list(ENVIRONMENTS), help="world (frozenlake)")
     parser.add_argument("--model", help="chat model to teach, folder or hub id; else a new one")
     parser.add_argument("--out", type=Path, help="folder to write; needed with --model")
     parser.add_argument("--thoughts", type=int, help="free sentences in a thought (the world's)")
     parser.add_argument("--skill", type=float, help="share of best acts shown (the world's)")
-    parser.add_argument("--seed", type=int, default=0, help="another one is another model")
+    parser.add_argument("--seed", type=int, help="another one is another model (0)")
     parser.add_argument("--episodes", type=int, help="demonstrated (10,000; with --model 1,000)")
     parser.add_argument("--window-steps", type=int, help="on two turns each (3000; 300)")
     parser.add_argument("--episode-steps", type=int, help="on whole episodes (1200; 0)")
     parser.add_argument("--lr", type=float, help="learning rate (3e-3; 1e-4)")
-    parser.add_argument("--device", default="cpu", help="for --model")
+    parser.add_argument("--device", help="for --model (cpu)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in it on a CPU, too")
-    args = parser.parse_args(argv)
-    settings = WarmStart(args.env, seed=args.seed)
-    if args.model:
-        settings = replace(settings, episodes=1000, window_steps=300, window_batch=4)
-        settings = replace(settings, episode_steps=0, lr=1e-4)
-    for name in ("thoughts", "skill", "episodes", "window_steps", "episode_steps", "lr"):
-        if getattr(args, name) is not None:
-            settings = replace(settings, **{name: getattr(args, name)})
-    if not args.out and (args.model or settings != WarmStart(args.env)):
-        parser.error("--model or another setting needs --out: no other model is written over")
-    if args.model:
-        teach(args.model, settings, args.out, args.device, args.bfloat16)
-    else:
-        make_start(settings, args.out or STARTS / args.env)
+    given = vars(parser.parse_args(argv))  # only what was given
+    model, out, device, bfloat16 = map(
+        given.pop, ("model", "out", "device", "bfloat16"), [None] * 4
+    )
+    fewer = {"episodes": 1000, "window_steps": 300, "window_batch": 4, "episode_steps": 0}
+    try:
+        settings = WarmStart(**(fewer | {"lr": 1e-4} if model else {}) | given)
+        settings.make_env()
+        if settings.window_steps + settings.episode_steps < 1 or settings.episodes < 4:
+            raise ValueError("there must be a step, and at least 4 --episodes to draw it from")
+        if not out and (model or settings != WarmStart(settings.env)):
+            raise ValueError("--model or another setting needs --out: no other is written over")
+        if model:
+            teach(load_policy(model, device or "cpu", bool(bfloat16)), settings, out)
+        else:
+            make_start(settings, out or STARTS / settings.env)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """ActFocus in TRL: a GRPOTrainer whose per-token advantages carry the weights, and this project's
 worlds as its rollouts. Needs `pip install trl==1.16.0`.
 
-    python examples/trl_actfocus.py --env frozenlake                  # one process, a CPU will do
-    accelerate launch --num_processes 2 examples/trl_actfocus.py      # several
+    python examples/trl_actfocus.py --env frozenlake            # one process, a CPU will do
+    torchrun --nproc-per-node 2 examples/trl_actfocus.py        # several, on CPUs, too
+    accelerate launch --num_processes 2 examples/trl_actfocus.py    # several, on GPUs
 
 ActFocusTrainer takes what GRPOTrainer takes: any tools, environment or reward. Its loss and
 gradient are those of `clipped_loss` with `actfocus_weights` over the rollouts of all processes
-(tests/test_examples.py); settings with which they would silently be others are refused. With vLLM
-TRL also multiplies each token's loss by its importance ratio.
+(tests/test_examples.py); settings with which they would silently be others are refused. An update
+is of the whole generation, so ratios leave 1, and are clipped, only with num_iterations > 1. With
+vLLM TRL also multiplies each token's loss by its importance ratio. The reference is whole on every
+process: with FSDP or ZeRO-3, which were not tried, only the policy is split.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from actfocus import actfocus_weights, reweight_advantages  # noqa: E402
 from energy import token_energy  # noqa: E402
-from policy import Policy, encoders  # noqa: E402
+from policy import Policy, load_policy  # noqa: E402
 from rollout import rollout  # noqa: E402
 from segment import Segment, segment_batch, token_bytes  # noqa: E402
 from warm_start import start_folder  # noqa: E402
@@ -37,19 +41,24 @@ from worlds import make_env  # noqa: E402
 class ActFocusTrainer(GRPOTrainer):
     """GRPOTrainer with ActFocus's weights. alpha: of reasoning tokens; focus: how much more an
     uncertain action token weighs (the paper's beta, which is TRL's name for the KL coefficient);
-    opening: what the chat template opens a turn with, b"<think>\\n" or b"".
+    opening: what the chat template opens a turn with, b"<think>\\n" or b""; else read off it.
 
     Raises ValueError for settings with which TRL's loss is no mean over the tokens of one update.
     """
 
-    def __init__(self, model, *, args: GRPOConfig, alpha=0.1, focus=0.5, opening=b"", **options):
+    def __init__(
+        self, model, reward_funcs, args: GRPOConfig, *,
+        alpha: float = 0.1, focus: float = 0.5, opening: bytes | None = None, **options,
+    ):  # fmt: skip
         refuse(args)
         # A copy before TRL changes the model's forward pass. With KL on, TRL has one, too.
         own = model if isinstance(model, str) else copy.deepcopy(model)
-        super().__init__(model, args=args, **options)
-        self.alpha, self.focus, self.opening = alpha, focus, opening
+        super().__init__(model, reward_funcs, args, **options)
+        self.alpha, self.focus = alpha, focus
+        self.opening = opened(self._tokenizer) if opening is None else opening
         if isinstance(own, str):
-            own = AutoModelForCausalLM.from_pretrained(own, dtype=self.model.dtype)
+            init = (args.model_init_kwargs or {}) | {"dtype": self.model.dtype}
+            own = AutoModelForCausalLM.from_pretrained(own, **init)
         self.frozen = own.to(self.accelerator.device).eval().requires_grad_(False)
         bytes_of = token_bytes(self._tokenizer)
         padding = len(own.get_output_embeddings().weight) - len(bytes_of)  # ids of no token
@@ -75,6 +84,9 @@ class ActFocusTrainer(GRPOTrainer):
         energy, labels, advantages = everywhere
         reasoning, action = labels == Segment.REASONING, labels == Segment.ACTION
         response = labels != Segment.OTHER
+        if not (reasoning.any() and action.any()):
+            missing = "reasoning in <think>" if action.any() else "action in <tool_call>"
+            warnings.warn(f"nothing played is {missing}: here ActFocus is plain GRPO", stacklevel=2)
         weights = actfocus_weights(energy, reasoning, action, response, self.alpha, self.focus)
         weighted = reweight_advantages(advantages[:, 0], weights, response)
         rows, columns = out["completion_ids"].shape
@@ -91,6 +103,15 @@ class ActFocusTrainer(GRPOTrainer):
                 logits = self.frozen(some, attention_mask=seen, logits_to_keep=length + 1).logits
             found.append(token_energy(logits[:, :-1]))  # position t - 1 predicts the token at t
         return torch.cat(found)
+
+
+def opened(tokenizer: PreTrainedTokenizerFast) -> bytes:
+    """What the chat template has written of a turn's thought before the model begins."""
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
+    )
+    _, tag, rest = shown.rpartition("<think>")
+    return f"{tag}{rest}".encode() if tag and "</think>" not in rest else b""
 
 
 def refuse(args: GRPOConfig) -> None:
@@ -158,19 +179,15 @@ def earned(completions: list, earned: list[float], **_) -> list[float]:
 
 def make_trainer(env: str, folder: str, args: GRPOConfig, trainer=ActFocusTrainer, **limits):
     """A trainer on a world. folder: a checkpoint."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    policy = Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    policy = load_policy(folder, args.device, args.bf16)
     prompts = [[{"role": "user", "content": str(seed)}] for seed in range(999)]
-    extra = {"opening": policy.opening} if issubclass(trainer, ActFocusTrainer) else {}
     return trainer(
-        model,
+        policy.model,
         reward_funcs=earned,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=tokenizer,
+        processing_class=policy.tokenizer,
         rollout_func=play_in(env, policy, **limits),
-        **extra,
     )
 
 

@@ -11,7 +11,8 @@ loss and gradient through verl's installed `compute_policy_loss_vanilla`, on a p
 itself, for it needs vLLM or SGLang and Ray on GPUs.
 
 - Set `clip_ratio_low=0.2`, `clip_ratio_high=0.28`, and `clip_ratio_c` high (1e9): verl's dual clip
-  bounds what a negative advantage costs, at 3 by default, and the paper's loss does not.
+  bounds what a negative advantage costs, at 3 by default, and the paper's loss does not. That, and
+  what else would make it silently another loss, `refuse` refuses.
 - The divisor is that of the batch that `weigh` sees. It is the mini-batch's, and so the paper's, if
   the batch is one mini-batch; else an update's step is off by how much its mean weight differs.
 - verl's reference worker returns log-probs and no energies. The trainer below takes the paper's
@@ -55,6 +56,27 @@ def weigh(
     return reweight_advantages(advantages, weights, response)
 
 
+def refuse(config) -> None:
+    """Raise ValueError, naming the setting, for what would silently train with another loss.
+    config: verl's, as its trainers get it."""
+    actor = config["actor_rollout_ref"]["actor"]
+    loss_mode, averaged = actor["policy_loss"]["loss_mode"], actor["loss_agg_mode"]
+    dual_clip = actor["clip_ratio_c"]
+    rejection = (config["algorithm"].get("rollout_correction") or {}).get("rollout_rs")
+    wrong = {
+        f"policy_loss.loss_mode={loss_mode}: set it to vanilla": loss_mode != "vanilla",
+        f"loss_agg_mode={averaged}: set it to token-mean": averaged != "token-mean",
+        f"clip_ratio_c={dual_clip}: its dual clip is not the paper's, set it to 1e9": (
+            dual_clip < 1e6
+        ),
+        f"rollout_correction.rollout_rs={rejection}: a call with a token taken out of it is not "
+        "found, set it to null": rejection is not None,
+    }
+    for reason, refused in wrong.items():
+        if refused:
+            raise ValueError(f"ActFocus cannot be trained with {reason}")
+
+
 def register(opening: bytes = b"") -> None:
     """Make the trainer known to verl as "actfocus_sync". opening: as in `weigh`; for a template
     whose turns begin with "<think>\\n", b"<think>\\n": else no thought is found, nor discounted."""
@@ -67,6 +89,11 @@ def register(opening: bytes = b"") -> None:
 
     @register_trainer("actfocus_sync")
     class ActFocusTrainer(get_trainer_cls("sync")):
+        def __init__(self, config):
+            refuse(config)
+            super().__init__(config)
+            self.bytes_of = None  # of the tokenizer, which comes later
+
         def _compute_advantage(self, batch, metrics):
             batch = super()._compute_advantage(batch, metrics)
             where = {"keys": batch.keys, "partition_id": batch.partition_id}
@@ -81,12 +108,13 @@ def register(opening: bytes = b"") -> None:
                 raise ValueError(
                     "no reference to take a signal from: set actor.use_kl_loss=True, kl_loss_coef=0"
                 )
+            self.bytes_of = self.bytes_of or token_bytes(self.tokenizer)
             advantages = weigh(
                 data["responses"],
                 data["response_mask"],
                 data["advantages"],
                 signal,
-                token_bytes(self.tokenizer),
+                self.bytes_of,
                 opening=opening,
             )
             nested = {"advantages": response_to_nested(advantages, nested_mask)}

@@ -276,3 +276,5 @@ def test_the_filter_keeps_a_group_even_if_all_end_alike():
         kept = most_varied_groups(torch.ones(16), group_size=2, share=share)
         assert len(kept) == 2 * math.ceil(share * 8)
     assert most_varied_groups(torch.ones(16), group_size=2, share=0.01).tolist() == [0, 1]
+    for groups, share, count in ((100, 0.07, 7), (25, 0.28, 7), (100, 0.55, 55), (3, 0.67, 3)):
+        assert len(most_varied_groups(torch.ones(groups), group_size=1, share=share)) == count

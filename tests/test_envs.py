@@ -19,6 +19,7 @@ from envs import (
     check_facts,
     offset,
     read_call,
+    tool_schema,
     write_turn,
 )
 from segment import Segment, segment_turn
@@ -173,6 +174,22 @@ def test_the_environment_executes_exactly_the_action_bytes():
         assert (done == Call("move", {"direction": "left"})) == (action.strip() == LEFT), text
         executed += done is not None
     assert executed > 200
+
+
+def test_every_type_of_an_argument_is_checked_and_another_is_refused_before_play():
+    values = {"string": "a", "integer": 1, "number": 0.5, "boolean": True}
+    for wanted in values:
+        tools = [tool_schema("do", "Do.", {"x": {"type": wanted}})]
+        for kind, value in values.items():
+            call, problem = read_call(write_turn("Hm.", "do", {"x": value}), tools)
+            fits = kind == wanted or (kind, wanted) == ("integer", "number")
+            assert (call is not None, problem) == (
+                fits,
+                "" if fits else f"The argument x must be of type {wanted}.",
+            )
+    for unknown in ({"type": "array"}, {"enum": ["a"]}):
+        with pytest.raises(ValueError, match="do takes .*: a type is one of string, integer"):
+            tool_schema("do", "Do.", {"x": unknown})
 
 
 def test_integers_are_checked_too():

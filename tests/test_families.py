@@ -59,6 +59,7 @@ SMALL = {
     "initializer_range": 0.1,
 }  # fmt: skip
 FAMILIES = {  # template, control tokens, bos, end of turn, config
+    "qwen2.5": (QWEN25_TEMPLATE, CHATML, None, CHATML[2], transformers.Qwen2Config),
     "qwen3": (QWEN3_TEMPLATE, CHATML, None, CHATML[2], transformers.Qwen3Config),
     "llama3": (LLAMA3_TEMPLATE, HEADERS, HEADERS[0], HEADERS[3], transformers.LlamaConfig),
     "smollm2": (SMOLLM2_TEMPLATE, CHATML, CHATML[1], CHATML[2], transformers.LlamaConfig),
@@ -116,7 +117,7 @@ def family(request, tmp_path_factory):
         tokenizer_object=learn(request.param, texts), chat_template=template, bos_token=bos,
         eos_token=end, pad_token=control[0], extra_special_tokens=control,
     )  # fmt: skip
-    if request.param == "qwen3":
+    if request.param.startswith("qwen"):
         tokenizer.add_tokens(TAGS)  # whole tokens, but no control tokens
     more = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if request.param == "gemma3":  # shorter than an episode
@@ -143,7 +144,7 @@ def test_a_turn_is_framed_as_the_template_does(family):
     system, response, role = env.system, "You moved.\nYou are on a1.", "tool"
     ids = policy.prompt(system, tools, first) + policy.encode(turn)
     ids += [policy.end_of_turn, *policy.result(response)]
-    if template != QWEN3_TEMPLATE:
+    if template not in (QWEN25_TEMPLATE, QWEN3_TEMPLATE):
         system, tools = system + describe_tools(tools), None
     if template in (LLAMA3_TEMPLATE, GEMMA3_TEMPLATE):
         response, role = f"<tool_response>\n{response}\n</tool_response>", "user"
@@ -183,9 +184,8 @@ def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
         rows = read(tmp_path / "run" / f"{arm}.csv")
         assert len(rows) == 3 and float(rows[1]["action_fraction"]) > 0
         saved = tmp_path / "run" / arm
-        assert {"chat_template.jinja", "config.json", "tokenizer.json"} <= {
-            path.name for path in saved.iterdir()
-        }
+        kept = ["chat_template.jinja", "generation_config.json"]  # as they were, byte for byte
+        assert all((saved / name).read_bytes() == (family / name).read_bytes() for name in kept)
         transformers.AutoModelForCausalLM.from_pretrained(saved)
         assert load_policy(saved).end_of_turn == load_policy(family).end_of_turn
     diagnose(
@@ -277,3 +277,13 @@ def test_a_real_template(name, shows_tools, built_in, capsys):
     assert ("ignores tools" not in capsys.readouterr().err) == shows_tools
     assert prompt.count("<tool_call>") >= 2 and json.dumps(env.tools[0])[:40] in prompt
     assert "You moved.\nUp" in tokenizer.decode(policy.result("You moved.\nUp"))
+    if shows_tools:  # a turn's call is what the template itself makes of a call
+        arguments = {"direction": "up"}
+        turn = write_turn("Up is ice.", "move", arguments)
+        call = {"type": "function", "function": {"name": "move", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "o"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        rendered = tokenizer.apply_chat_template(messages, tools=env.tools, tokenize=False)
+        assert turn[turn.index("<tool_call>") :] in rendered

@@ -71,6 +71,8 @@ def test_rewards_stand_at_the_last_token_and_whitening_looks_at_response_tokens_
     response = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]).bool()
     at_end = reward_at_end(torch.tensor([2.0, 3.0]), response)
     assert at_end.tolist() == [[0, 0, 0, 2, 0], [0] * 5]
+    for value, n in ((-0.1, 64), (-0.6, 5003), (0.3, 1)):  # rounding must not become a gradient
+        assert not whiten(torch.full((1, n), value), torch.ones(1, n).bool()).any()
     white = whiten(torch.tensor([[50.0, 1.0, 50.0, 3.0, 50.0], [50.0] * 5]), response)
     torch.testing.assert_close(white, torch.tensor([[0.0, -1, 0, 1, 0], [0.0] * 5]))
 

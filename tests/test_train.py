@@ -284,7 +284,7 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     result = run_script("train_grpo.py", tmp_path / "nowhere", tmp_path / "out")
     assert (
         result.returncode == 1
-        and "the policy cannot be loaded" in result.stderr
+        and "the run cannot begin" in result.stderr
         and "Traceback" not in result.stderr
     )
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,16 @@
 """warm_start.py: the committed starts, the cache of others, and how they are made."""
 
+import copy
 import json
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY
+from test_policy import THINKING_TEMPLATE, as_text, foreign_checkpoint
 
 import warm_start as warm_start_module
 from policy import load_policy
@@ -19,7 +22,9 @@ from warm_start import (
     WARM_START_SEEDS,
     WarmStart,
     build,
+    demonstrations,
     fingerprint,
+    imitate,
     imitation_target,
     main,
     play_demonstration,
@@ -264,3 +269,49 @@ def test_the_script_teaches_a_checkpoint_without_writing_over_it(
         logprob = (hidden @ policy.head.T).log_softmax(-1)
         losses.append(-logprob.gather(1, torch.tensor(reply)[:, None]).mean().item())
     assert losses[1] < losses[0] - 0.1
+
+
+def test_what_cannot_be_taught_is_refused_in_a_sentence(tiny_folder, tmp_path, capsys, monkeypatch):
+    class Mute:  # a user's world, which demonstrates nothing
+        system, tools, done = "s", [], False
+
+    monkeypatch.setitem(ENVIRONMENTS, "mute", Mute)
+    teach = ["--model", str(tiny_folder), "--out", str(tmp_path / "out")]
+    for flags, said in (
+        (["--env", "mute", *teach], "mute has no demonstrations"),
+        (["--window-steps", "0", *teach], "there must be a step"),
+        (["--episodes", "3", *teach], "at least 4 --episodes"),
+        (["--thoughts", "99", *teach], "thoughts is 99"),
+        (["--model", str(tmp_path), "--out", str(tmp_path / "out")], "config.json"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(flags)
+        assert ended.value.code == 2 and said in capsys.readouterr().err, flags
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_number_of_steps_is_a_schedule(tiny):
+    """OneCycleLR divides by zero where its warm-up is one step long, as with 20."""
+    env = make_env("shop")
+    for steps in (1, 20):
+        settings = WarmStart("shop", episodes=4, window_batch=1, window_steps=steps)
+        settings = replace(settings, episode_steps=0)
+        imitate(copy.deepcopy(tiny), env, demonstrations(env, settings), settings)
+
+
+def test_a_thought_that_the_template_opens_is_not_opened_twice(tmp_path, monkeypatch):
+    policy = load_policy(foreign_checkpoint(tmp_path, "byte-level", THINKING_TEMPLATE))
+    env, settings = make_env("shop"), WarmStart("shop", episodes=4, window_batch=1, window_steps=1)
+    targets = []
+
+    def recorded(frames, replies):
+        targets.append((frames, replies))
+        return imitation_target(frames, replies)
+
+    monkeypatch.setattr(warm_start_module, "imitation_target", recorded)
+    imitate(policy, env, demonstrations(env, settings), replace(settings, episode_steps=0))
+    assert policy.opening == b"<think>\n"
+    for frames, replies in targets:
+        for frame, reply in zip(frames, replies, strict=True):
+            turn = as_text(policy, frame + reply).rpartition("assistant\n")[2]
+            assert turn.startswith("<think>\n") and turn.count("<think>") == 1
