@@ -7,14 +7,18 @@ one process of a run of TRL.
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import pad
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
+from test_policy import THINKING_TEMPLATE, foreign_checkpoint  # noqa: E402
+
 from actfocus import actfocus_weights, clipped_loss  # noqa: E402
 from energy import token_energy  # noqa: E402
 from policy import load_policy  # noqa: E402
@@ -46,6 +50,11 @@ def train_one_update(out: Path) -> None:
             torch.save(played | {"plain": self.plain}, out / f"rank{rank}.pt")
             return played
 
+        def compute_loss(self, *inputs, **options):
+            loss = super().compute_loss(*inputs, **options)
+            losses.append(loss.item())  # of a micro-batch
+            return loss
+
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **_):
             if trainer.accelerator.is_main_process:
@@ -57,7 +66,7 @@ def train_one_update(out: Path) -> None:
         return [float(i * i % 7) for i in range(len(completions))]
 
     trl_actfocus.earned = uneven
-    generator = torch.Generator()
+    generator, losses = torch.Generator(), []
     world = int(os.environ.get("WORLD_SIZE", 1))
     config = trl_actfocus.config(
         output_dir=str(out), max_steps=1, per_device_train_batch_size=8 // world, use_cpu=True,
@@ -69,11 +78,12 @@ def train_one_update(out: Path) -> None:
     )
     trainer.add_callback(Gradients())
     trainer.train()
+    (out / f"rank{trainer.accelerator.process_index}.txt").write_text(str(sum(losses)))
     trl_actfocus.leave(trainer)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_gradient_in_trl_is_that_of_the_written_loss(processes, tmp_path):
+def test_loss_and_gradient_in_trl_are_those_of_the_written_loss(processes, tmp_path):
     pytest.importorskip("trl")
     command = [sys.executable, __file__, str(tmp_path)]
     if processes > 1:
@@ -114,7 +124,11 @@ def test_the_gradient_in_trl_is_that_of_the_written_loss(processes, tmp_path):
     weights = actfocus_weights(energy, reasoning, action, response)
     ratio = (logprob - old)[response].exp()
     assert (ratio > 1.28).any() and (ratio < 0.8).any() and action.any() and reasoning.any()
-    clipped_loss(logprob, old, advantages, weights, 0.2, 0.28).backward()
+    loss = clipped_loss(logprob, old, advantages, weights, 0.2, 0.28)
+    in_trl = [float(path.read_text()) for path in tmp_path.glob("rank*.txt")]
+    assert len(in_trl) == processes  # DDP averages over them
+    assert sum(in_trl) / processes == pytest.approx(loss.item(), rel=1e-4)
+    loss.backward()
     for name, p in policy.model.named_parameters():
         torch.testing.assert_close(gradient[name], p.grad, atol=2e-6, rtol=2e-4)
 
@@ -141,7 +155,62 @@ def test_settings_that_would_train_with_another_loss_are_refused(option, said, t
         refuse(config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **option))
 
 
+def test_what_the_template_opens_and_what_is_not_tagged_is_noticed(tmp_path):
+    pytest.importorskip("trl")
+    import trl_actfocus
+
+    policy = load_policy(foreign_checkpoint(tmp_path, "byte-level", THINKING_TEMPLATE))
+    assert trl_actfocus.opened(policy.tokenizer) == policy.opening == b"<think>\n"
+    assert trl_actfocus.opened(load_policy(start_folder("shop")).tokenizer) == b""
+
+    class Bare(trl_actfocus.ActFocusTrainer):  # the weighting alone
+        alpha, focus, opening, bytes_of = 0.1, 0.5, b"", TURN
+        accelerator = SimpleNamespace(
+            gather=lambda x: x, pad_across_processes=lambda x, dim: x, process_index=0
+        )
+
+        def __init__(self):
+            pass
+
+        def energy(self, out):
+            return torch.zeros(out["completion_ids"].shape)
+
+    ids, mask = torch.tensor([[0, 1, 2, 4, 5, 6, 7]]), torch.ones(1, 7, dtype=torch.int64)
+    out = {"completion_ids": ids, "completion_mask": mask, "advantages": torch.tensor([2.0])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weighted = Bare().weighted(out)  # weights 1, .1, 1, 1, 1.25, 1, 1 of sum 6.35
+    expected = 2 * 7 / 6.35 * torch.tensor([[1, 0.1, 1, 1, 1.25, 1, 1]])
+    torch.testing.assert_close(weighted, expected)
+    for untagged, missing in (([0, 1, 2, 3, 3], "action"), ([3, 4, 5, 6, 7], "reasoning")):
+        some = {"completion_ids": torch.tensor([untagged]), "completion_mask": mask[:, :5]}
+        with pytest.warns(UserWarning, match=f"nothing played is {missing}"):
+            Bare().weighted(out | some)
+
+
 # --------------------------------------------------------------------------------------------- verl
+def test_settings_of_verl_that_would_train_with_another_loss_are_refused():
+    from verl_actfocus import refuse
+
+    def config(correction=None, **options):
+        usual = {"loss_mode": "vanilla", "loss_agg_mode": "token-mean", "clip_ratio_c": 1e9}
+        actor = usual | options
+        actor["policy_loss"] = {"loss_mode": actor.pop("loss_mode")}
+        algorithm = {"rollout_correction": correction}
+        return {"actor_rollout_ref": {"actor": actor}, "algorithm": algorithm}
+
+    refuse(config())
+    refuse(config(correction={"rollout_rs": None}))
+    for wrong, said in (
+        ({"loss_mode": "gspo"}, "loss_mode=gspo"),
+        ({"loss_agg_mode": "seq-mean-token-mean"}, "loss_agg_mode=seq-mean-token-mean"),
+        ({"clip_ratio_c": 3.0}, "clip_ratio_c=3.0"),
+        ({"correction": {"rollout_rs": "token_k1"}}, "rollout_rs=token_k1"),
+    ):
+        with pytest.raises(ValueError, match=f"ActFocus cannot be trained with .*{said}"):
+            refuse(config(**wrong))
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_loss_and_gradient_through_verl_are_those_of_the_written_loss(micro_batches):
     """Off-policy, asymmetric clip, both signs of the advantage, tool responses between turns."""

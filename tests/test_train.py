@@ -265,6 +265,9 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--preset fast", "--preset is fast: there is only paper"),
         ("--thoughts 31", "--thoughts is 31: it must be at least 0 and at most 30"),
         ("--thoughts 0 --model x", "--thoughts is of the built-in model"),
+        (f"--seed {10**400}", "it must be at least 0 and at most 1e+09"),
+        ("--lr inf", "--lr is inf"),
+        ("--lr nan", "--lr is nan"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_runs(flags, said, capsys):
@@ -288,6 +291,12 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
         and "Traceback" not in result.stderr
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_without_room_is_one_sentence(start, tmp_path):
+    result = run_script("train_grpo.py", start, tmp_path / "out", "--max-tokens", "100")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "max_tokens is 100, raise it" in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, both_arms, tmp_path):
