@@ -30,6 +30,7 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 from tqdm import tqdm
 
+import memory
 from actfocus import actfocus_weights
 from arms import SIGNALS, token_signals, turn_numbers
 from config import DEVICE, option, parse
@@ -105,6 +106,7 @@ class DiagnoseConfig:
             raise ValueError(f"--out {self.out} holds a training run: choose another folder")
 
 
+@memory.told
 def diagnose(config: DiagnoseConfig) -> None:
     """Play the groups, measure each, correlate, draw."""
     reference, policy = load_policies(config)

@@ -12,8 +12,9 @@ formula: one of the same shape is run on a few tokens, and what autograd saves i
 from __future__ import annotations
 
 import copy
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import transformers
@@ -28,6 +29,19 @@ SPARE = {
     "playing": "lower --play-batch",
 }
 ADVICE = "; ".join(SPARE.values())
+
+
+def told(run: Callable) -> Callable:
+    """run(config, ...), ended by a sentence that says which flags to turn if memory runs out."""
+
+    @functools.wraps(run)
+    def wrapped(config, *args, **options):
+        try:
+            return run(config, *args, **options)
+        except torch.OutOfMemoryError:
+            raise SystemExit(f"out of memory on {config.device}: {ADVICE}") from None
+
+    return wrapped
 
 
 def announce(model: str, config, arms: Iterable[Arm]) -> None:

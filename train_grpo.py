@@ -40,6 +40,7 @@ from warm_start import EVAL_SEEDS, start_folder
 from worlds import make_env
 
 
+@memory.told
 def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = None) -> None:
     """Train each arm from the same weights on the same prompts, and draw them together.
     make_critic(policy, config): for arms with one (train_ppo.py)."""
@@ -65,8 +66,6 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
                 train(policy, config, name, arms[name], out, checkpoints, critic)
                 if config.save:
                     policy.save(out / name)
-    except torch.OutOfMemoryError:
-        raise SystemExit(f"out of memory on {config.device}: {memory.ADVICE}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{out} cannot be written: {error}; --resume {out} goes on") from None
     finally:  # also when interrupted: what has been done is drawn and stays
@@ -105,7 +104,8 @@ def train(
     """Train one arm in place, logging to out/<name>.csv. critic: of train_ppo.py, for PPO."""
     reference = policy.frozen_copy() if arm.beta or config.kl_coef else None
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
-    rng, guard, success = random.Random(config.seed), Guard(), {}
+    rng = random.Random(config.seed)
+    guard, success = Guard(), {}
     parts = {"policy": policy.model, "optimizer": optimizer}  # what training changes
     parts |= {"critic": critic} if critic else {}
     rows = range(checkpoints.restore(name, parts, rng), config.iterations + 1)

@@ -344,11 +344,12 @@ def test_a_disk_that_fills_up_loses_what_came_after_the_last_checkpoint(
         assert left_behind(out) == whole
 
 
-def test_out_of_memory_says_which_flags_to_turn(tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["update", "load_policy"])
+def test_out_of_memory_says_which_flags_to_turn(where, tiny_folder, tmp_path, monkeypatch):
     def hungry(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(train_grpo, "update", hungry)
+    monkeypatch.setattr(train_grpo, where, hungry)
     with pytest.raises(
         SystemExit,
         match="out of memory on cpu: lower --micro-tokens or add --gradient-.*; lower --play-batch",
