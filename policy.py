@@ -253,8 +253,8 @@ def load_policy(model: str | Path, device: str = "cpu", bfloat16: bool = False) 
     # NOTE: not AutoTokenizer: for a Qwen2 it puts Qwen2's own splitting rule in the place of the
     # one in tokenizer.json.
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-    reader = *encoders(tokenizer), token_bytes(tokenizer)
-    policy = Policy(network.eval(), tokenizer, *reader, bfloat16)
+    codec = (*encoders(tokenizer), token_bytes(tokenizer))
+    policy = Policy(network.eval(), tokenizer, *codec, bfloat16)
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None]
         logits = network.base_model(input_ids=ids).last_hidden_state @ policy.head.T

@@ -249,14 +249,13 @@ def prefill(policy: Policy, rows: list[Row], cache: Cache) -> tuple[int, Tensor]
     Returns the position that comes next and the hidden states (rows, H) that predict it.
     """
     shortest = min(len(row.ids) for row in rows)
-    order: dict[tuple, int] = {}  # a beginning and its number
-    for row in rows:
-        order.setdefault(tuple(row.ids[:shortest]), len(order))
-    spread = torch.tensor([order[tuple(row.ids[:shortest])] for row in rows], device=policy.device)
-    beginnings = torch.tensor(list(order), device=policy.device)  # (distinct, shortest)
+    ids = [tuple(row.ids[:shortest]) for row in rows]
+    number_of = {beginning: number for number, beginning in enumerate(dict.fromkeys(ids))}
+    beginnings = torch.tensor(list(number_of), device=policy.device)  # (distinct, shortest)
     hidden = policy.hidden(beginnings, cache)[:, -1]  # (distinct, H)
-    cache.batch_select_indices(spread)
-    return shortest, hidden[spread]
+    which = torch.tensor([number_of[beginning] for beginning in ids], device=policy.device)
+    cache.batch_select_indices(which)
+    return shortest, hidden[which]
 
 
 def sample(
