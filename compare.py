@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import itertools
 import json
 import os
@@ -150,21 +151,28 @@ def run_all(cells: list[Cell], rest: list[str], out: Path, jobs: int) -> list[Ce
 
 def run_cell(cell: Cell, rest: list[str], out: Path, environ: dict, processes: list) -> str:
     """Run a cell, or go on with it, and name its folder at the end. Returns what went wrong."""
-    partial = cell.partial(out)
+    partial, log = cell.partial(out), cell.partial(out).with_suffix(".txt")
     command = [sys.executable, str(TRAINER), *cell.flags(rest), "--out", str(partial)]
-    if any(partial.glob("checkpoints/*.pt")):  # it was killed
-        command += ["--resume", str(partial)]
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    with (partial / "output.txt").open("w", encoding="utf-8") as file:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the trainer inherits it
+        except BlockingIOError:
+            return f"another process is running it: wait for its end, or kill it ({log})"
+        file.truncate(0)
+        if any(partial.glob("checkpoints/*.pt")):  # it was killed
+            command += ["--resume", str(partial)]
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
         process = subprocess.Popen(command, env=environ, stdout=file, stderr=file, process_group=0)
         processes.append(process)
         code = process.wait()
     if code:
-        said = (partial / "output.txt").read_text(encoding="utf-8").strip()
-        return f"{said.splitlines()[-1] if said else f'exit code {code}'} ({partial}/output.txt)"
+        said = log.read_text(encoding="utf-8").strip()
+        return f"{said.splitlines()[-1] if said else f'exit code {code}'} ({log})"
     partial.rename(cell.folder(out))
+    log.rename(cell.folder(out) / "output.txt")
     return ""
 
 
@@ -247,5 +255,6 @@ def draw(worlds: dict[tuple[str, float], Logs], baseline: str, path: Path) -> No
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is as an interruption
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # a kill, a lost terminal: an interruption
+        signal.signal(ending, signal.default_int_handler)
     main()

@@ -220,7 +220,7 @@ def measure(
         row = {
             "success": rollouts.success[group].float().mean(),
             "reward": rewards.mean(),
-            "reward_variance": rewards.var(),
+            "reward_variance": rewards.double().var(),  # of equal rewards exactly 0
             "turns": rollouts.turns[group].float().mean(),
             "tokens": tokens / group_size,
             "action_fraction": choices["action"][group].sum() / tokens,

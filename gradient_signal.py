@@ -12,7 +12,8 @@ single step of training.
 Adam divides every coordinate by its own size, so what counts for its steps is the same ratio after
 dividing each coordinate by its root mean square over the blocks, "as Adam sees it". (As in Adam, a
 gradient is part of its own scale. With that of the other blocks alone, a coordinate that a single
-block moves, of a rare word say, is divided by next to nothing and decides everything.)
+block moves, of a rare word say, is divided by next to nothing and decides everything. That scale
+makes the ratio a little biased, both ways: so the same is measured with rewards shuffled, too.)
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ CLASSES = {  # of tokens, taken alone
     "action": ("action tokens alone", "tab:red"),
     "format": ("format tokens alone", "tab:gray"),
 }
+NULLS = {  # rewards shuffled within each group: no token earned its credit, so this is bias
+    "grpo-null": ("GRPO, rewards shuffled", "tab:gray"),
+    "actfocus-null": ("ActFocus, rewards shuffled", "tab:gray"),
+}
+PARTS = CLASSES | NULLS
 actfocus = ARMS["actfocus"]
 WEIGHTINGS = {  # the first is what the others are compared with
     "grpo": replace(ARMS["grpo"], label="GRPO: all tokens alike"),
@@ -136,6 +142,11 @@ def measure_block(
     response = rollouts.response
     advantages = group_advantages(rollouts.rewards, config.group_size)  # (B,)
     parts = token_parts(rollouts, frozen, old_logprob)
+    earned = dict.fromkeys(parts, advantages)
+    for name in NULLS:
+        shares = mixture(WEIGHTINGS[name.removesuffix("-null")])
+        parts[name] = sum(share * parts[part] for part, share in shares.items())
+        earned[name] = shuffled(advantages, config.group_size, seed=int(rollouts.ids.sum()))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     chosen = choose_coordinates(parameters)
     gradients = {name: torch.zeros(sum(map(len, chosen))) for name in parts}
@@ -145,13 +156,21 @@ def measure_block(
         with policy.autocast():
             stats = token_stats(hidden, policy.head, targets, temperature=config.temperature)
         for name, part in parts.items():
-            credit = -(part * advantages[:, None])[rows][response[rows]]  # (N,)
+            credit = -(part * earned[name][:, None])[rows][response[rows]]  # (N,)
             by_parameter = torch.autograd.grad(
                 stats.logprob, parameters, credit, retain_graph=True, materialize_grads=True
             )
             flat = [g.flatten()[some] for g, some in zip(by_parameter, chosen, strict=True)]
             gradients[name] += torch.cat(flat).float().cpu()
     return Block(gradients, {name: part.sum().item() for name, part in parts.items()})
+
+
+def shuffled(advantages: Tensor, group_size: int, seed: int) -> Tensor:
+    """(B,), each group's in a random order."""
+    groups = advantages.view(-1, group_size)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(groups.shape, generator=generator).argsort(1).to(groups.device)
+    return groups.gather(1, order).flatten()
 
 
 def choose_coordinates(parameters: list[Tensor], limit: int = COORDINATES) -> list[Tensor]:
@@ -211,10 +230,11 @@ def signal_to_noise(gradients: Tensor, as_adam: bool) -> Ratio:
 
 
 def measure_signal(blocks: list[Block]) -> dict[str, tuple[Ratio, Ratio]]:
-    """Signal to noise of each of CLASSES and WEIGHTINGS: as Adam sees it, and raw. Leaves out the
-    log-prob shift of a policy from itself, which is 0."""
+    """Signal to noise of each of CLASSES, WEIGHTINGS, NULLS: as Adam sees it, and raw. Leaves out
+    the log-prob shift of a policy from itself, which is 0."""
     mixtures = {name: {name: 1.0} for name in CLASSES}
     mixtures |= {name: mixture(arm) for name, arm in WEIGHTINGS.items()}
+    mixtures |= {name: {name: 1.0} for name in NULLS}
     ratios = {}
     for name, shares in mixtures.items():
         if shares.keys() <= blocks[0].totals.keys():
@@ -232,7 +252,7 @@ def signal_rows(blocks: list[Block], block_size: int) -> list[dict]:
         row = {"name": name, "alpha": "", "beta": "", "signal": "", "token_share": 1.0}
         if name in CLASSES:
             row["token_share"] = sum(block.totals[name] for block in blocks) / tokens
-        else:
+        elif name in WEIGHTINGS:
             arm = WEIGHTINGS[name]
             row |= {"alpha": arm.alpha, "beta": arm.beta, "signal": arm.signal}
         scales = zip(("adam", "raw"), (as_adam, raw), ratios["grpo"], strict=True)
@@ -272,7 +292,7 @@ def rollouts_needed(row: dict, scale: str) -> str:
 
 
 def label_of(name: str) -> str:
-    return CLASSES[name][0] if name in CLASSES else WEIGHTINGS[name].label
+    return PARTS[name][0] if name in PARTS else WEIGHTINGS[name].label
 
 
 def draw_signal(path: Path, rows: list[dict], block_size: int, title: str) -> None:
@@ -293,7 +313,7 @@ def draw_ratios(axes: Axes, rows: list[dict], scale: str) -> None:
     """A dot with its interval per row, and at the right the rollouts that make signal = noise."""
     for y, row in enumerate(rows):
         name = row["name"]
-        color = CLASSES[name][1] if name in CLASSES else WEIGHTINGS[name].color
+        color = PARTS[name][1] if name in PARTS else WEIGHTINGS[name].color
         low, value, high = (row[f"{scale}_ratio{end}"] for end in ("_low", "", "_high"))
         bars = [[value - low], [high - value]]
         axes.errorbar([value], [y], xerr=bars, fmt="o", color=color, capsize=3)

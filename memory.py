@@ -38,7 +38,11 @@ def told(run: Callable) -> Callable:
     def wrapped(config, *args, **options):
         try:
             return run(config, *args, **options)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # a processor's is no OutOfMemoryError
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
+                error
+            ):
+                raise
             raise SystemExit(f"out of memory on {config.device}: {ADVICE}") from None
 
     return wrapped

@@ -76,7 +76,7 @@ def pieces(policy: Policy, rollouts: Rollouts, row: int) -> list[Piece]:
             between = []
         text = policy.bytes_of[token].decode(errors="replace")
         if not text:  # a control token: by its name
-            text = policy.tokenizer.convert_ids_to_tokens(token)
+            text = policy.tokenizer.convert_ids_to_tokens(token) or f"<{token}>"
         found.append(Piece(printable(text), position))
     if between:
         found.append(Piece(printable(policy.tokenizer.decode(between)), None))
@@ -226,10 +226,8 @@ def draw_boxes(axes: Axes, boxes: list[Box], weights: list[float], columns: int 
                 "facecolor": COLORS(SCALE(weight)),
                 "edgecolor": "white",
             }
-        shown = text.replace("$", r"\$")  # no formula
-        axes.text(
-            x, line, shown, family="monospace", fontsize=9, va="center", color=ink, bbox=frame
-        )
+        style = {"family": "monospace", "fontsize": 9, "va": "center", "parse_math": False}
+        axes.text(x, line, text, color=ink, bbox=frame, **style)
 
 
 def add_scale(figure: Figure, shrink: float) -> None:

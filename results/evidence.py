@@ -20,11 +20,14 @@ from arms import ARMS  # noqa: E402
 from config import ActFocusConfig  # noqa: E402
 from diagnose import spearman_test  # noqa: E402
 from gradient_signal import WEIGHTINGS  # noqa: E402
-from report import column, measures, t_interval  # noqa: E402
+from report import T_975, column, measures, t_interval  # noqa: E402
 
 HERE = Path(__file__).parent
-# comparisons of ten iterations at the world's own rate
-ALIKE = ("compare", "ablations", "seeds-*", "planned/*", "weights/*")
+# comparisons of ten iterations from a committed start
+COMPARED = (
+    *("compare", "ablations", "seeds-*", "planned/*", "weights/*"),
+    *("rate-sudoku", "filter", "batch128"),  # not in the setting that the signal was measured in
+)
 MARKERS = "osD^v"
 DOSE_SEEDS = 4
 # signal.png tells the last two apart by their place
@@ -126,17 +129,22 @@ def draw_doses(found: list[Dose], path: Path) -> None:
 
 
 def describe_doses(found: list[Dose]) -> str:
-    """A row a dose, and how the gain changes with the action share, a slope a seed."""
+    """A row a dose, and how the gain changes with the action share: a line through the means, since
+    starts differ by more than their share."""
     lines = ["free sentences  action tokens  promised  gained, points"]
     for thoughts, share, gains, (_, promised, _) in found:
         gained = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f}"
         lines.append(f"{thoughts:14} {share:13.1f}% {promised:+9.3f}  {gained}")
-    shares = [dose.share for dose in found]
-    slopes = np.polyfit(shares, [dose.gains for dose in found], 1)[0]  # (seeds,)
-    change = slopes * (max(shares) - min(shares))
+    x, y = np.array([(dose.share, np.mean(dose.gains)) for dose in found]).T
+    line = np.polyfit(x, y, 1)
+    freedom = len(x) - 2
+    error = np.sqrt(
+        np.square(y - np.polyval(line, x)).sum() / freedom / np.square(x - x.mean()).sum()
+    )
+    change, half = np.array([line[0], T_975[freedom - 1] * error]) * (x.max() - x.min())
     lines.append(
-        f"from the least share to the largest, by a line: {np.mean(change):+.1f} ± "
-        f"{t_interval(change):.1f} points ({DOSE_SEEDS} seeds)"
+        f"from the least share to the largest, by a line: {change:+.1f} ± {half:.1f} points "
+        f"({len(x)} starts)"
     )
     return "\n".join(lines)
 
@@ -147,26 +155,35 @@ class Pair(NamedTuple):
 
     env: str
     weighting: str  # of WEIGHTINGS
+    setting: str  # if not the world's own: learning rate, filter, prompts
     ratio: list[float]  # gain in signal over noise before training: low, middle, high
     gains: list[float]  # in mean training success, points, by seed
 
 
 def trained_pairs() -> list[Pair]:
-    """Of the runs in ALIKE, each weighting that the diagnosis of its world has too."""
-    training = defaultdict(dict)  # by world and weighting: seeds
-    cells = (path for name in ALIKE for path in HERE.glob(f"{name}/*/*-seed*[0-9]/config.json"))
+    """Of the runs in COMPARED, each weighting that the diagnosis of its world has too."""
+    training = defaultdict(dict)  # by world, weighting and setting: seeds
+    cells = (path for name in COMPARED for path in HERE.glob(f"{name}/*/*-seed*[0-9]/config.json"))
     for path in cells:
         config = json.loads(path.read_text())
         log = path.with_name(f"{config['arms']}.csv")
         success = measures(log, threshold=0.5)["training"]
-        training[config["env"], weighting(config)][config["seed"]] = success
+        training[config["env"], weighting(config), setting(config)][config["seed"]] = success
     pairs = []
-    for (env, name), runs in sorted(training.items()):
+    for (env, name, how), runs in sorted(training.items()):
         ratio = signal_row(HERE / "signal" / env, name)
         if ratio and name != "grpo":
-            gains = [runs[seed] - training[env, "grpo"][seed] for seed in sorted(runs)]
-            pairs.append(Pair(env, name, ratio, gains))
+            gains = [runs[seed] - training[env, "grpo", how][seed] for seed in sorted(runs)]
+            pairs.append(Pair(env, name, how, ratio, gains))
     return pairs
+
+
+def setting(config: dict) -> str:
+    """What a run had other than its world's own, but for weights and seeds; "" for nothing."""
+    usual = ActFocusConfig(env=config["env"])
+    usual.resolve()
+    names = ("lr", "keep_groups", "prompts", "minibatch")
+    return ", ".join(f"{n} {config[n]:g}" for n in names if config[n] != getattr(usual, n))
 
 
 def signal_row(folder: Path, name: str) -> list[float]:
@@ -199,6 +216,7 @@ def draw_pairs(pairs: list[Pair]) -> None:
         axes.errorbar(
             x, y, yerr=t_interval(pair.gains), xerr=[[x - low], [high - x]], fmt=marker,
             color=color, elinewidth=0.7, capsize=2, markersize=8,
+            markerfacecolor="white" if pair.setting else color,
         )  # fmt: skip
     handles = [
         Line2D([], [], color="black", marker=marker, linestyle="", label=world)
@@ -207,6 +225,8 @@ def draw_pairs(pairs: list[Pair]) -> None:
     for name in sorted({pair.weighting for pair in pairs}):
         style = {"color": COLORS[name], "marker": "o", "linestyle": ""}
         handles.append(Line2D([], [], label=WEIGHTINGS[name].label, **style))
+    style = {"color": "black", "marker": "o", "linestyle": "", "markerfacecolor": "white"}
+    handles.append(Line2D([], [], label="at another rate or batch, or filtered", **style))
     axes.legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.set(
         xlabel="signal / noise of the gradient before training, less GRPO's\n"
@@ -222,13 +242,17 @@ def draw_pairs(pairs: list[Pair]) -> None:
 
 
 def describe_pairs(pairs: list[Pair]) -> str:
-    """A row a pair, and the rank correlation, with and without Sudoku."""
+    """A row a pair, and the rank correlation: of all, and of some."""
     lines = ["world                weighting           promised  gained, points"]
-    for env, name, (_, promised, _), gains in pairs:
+    for env, name, how, (_, promised, _), gains in pairs:
         gained = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f} ({len(gains)} seeds)"
-        lines.append(f"{env:20} {name:18} {promised:+9.3f}  {gained}")
-    others = [pair for pair in pairs if pair.env != "sudoku"]
-    for title, some in {"all": pairs, "without Sudoku": others}.items():
+        lines.append(f"{env:20} {name:18} {promised:+9.3f}  {gained}  {how}".rstrip())
+    chosen = {
+        "all": pairs,
+        "without Sudoku": [pair for pair in pairs if pair.env != "sudoku"],
+        "in the world's own setting": [pair for pair in pairs if not pair.setting],
+    }
+    for title, some in chosen.items():
         promised = np.array([pair.ratio[1] for pair in some])
         gained = np.array([np.mean(pair.gains) for pair in some])
         test = spearman_test(promised, gained, np.random.default_rng(0))

@@ -2,8 +2,8 @@
 
 python results/planned.py starts/frozenlake-planned results/planned/*/frozenlake-planned/*/*/
 
-Of each policy (runs with --save): how often a call moves as its thought said, and how often that
-move leads nearer to the goal, over 128 episodes of evaluation at temperature 1.
+Of each policy (runs with --save), in shares of all turns: how often a call moves as its thought
+said, and how often that leads nearer to the goal, over 128 evaluation episodes at temperature 1.
 """
 
 import re

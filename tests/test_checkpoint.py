@@ -345,8 +345,11 @@ def test_a_disk_that_fills_up_loses_what_came_after_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("where", ["update", "load_policy"])
-def test_out_of_memory_says_which_flags_to_turn(where, tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_out_of_memory_says_which_flags_to_turn(where, device, tiny_folder, tmp_path, monkeypatch):
     def hungry(*args):
+        if device == "cpu":
+            torch.empty(2**60)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(train_grpo, where, hungry)

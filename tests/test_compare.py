@@ -1,10 +1,12 @@
 """compare.py: what it measures by hand, cells that are run once, and a real comparison."""
 
 import csv
+import fcntl
 import json
 import math
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -119,7 +121,7 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_train
     said = capsys.readouterr()
     assert "failed: " in said.out + said.err and "the placebo is out" in said.out + said.err
     assert sorted(path.name for path in (out / "frozenlake").iterdir()) == [
-        "actfocus-seed3", "grpo-seed3", "placebo-seed3.partial",
+        "actfocus-seed3", "grpo-seed3", "placebo-seed3.partial", "placebo-seed3.txt",
     ]  # fmt: skip
     with (out / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -161,7 +163,7 @@ def test_an_interruption_ends_the_cells_and_starts_no_more(tmp_path, monkeypatch
     trainer, out = tmp_path / "trainer.py", tmp_path / "out"
     trainer.write_text("import sys, time; print('going', flush=True); time.sleep(100)")
     monkeypatch.setattr(compare, "TRAINER", trainer)
-    said = out / "frozenlake" / "grpo-seed0.partial" / "output.txt"
+    said = out / "frozenlake" / "grpo-seed0.txt"
 
     def interrupt():
         while not (said.exists() and said.read_text()):
@@ -175,7 +177,28 @@ def test_an_interruption_ends_the_cells_and_starts_no_more(tmp_path, monkeypatch
         compare.main(["--seeds", "0-3", "--out", str(out), "--device", "cpu"])
     signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 50
-    assert [path.name for path in (out / "frozenlake").iterdir()] == ["grpo-seed0.partial"]
+    left = {path.name for path in (out / "frozenlake").iterdir()}
+    assert left == {"grpo-seed0.partial", "grpo-seed0.txt"}
+
+
+def test_a_cell_that_another_process_runs_is_left_alone(tmp_path, fake_trainer, capsys):
+    """Of a comparison whose terminal was lost, say: its trainer has inherited the lock."""
+    folder = tmp_path / "out" / "frozenlake"
+    (folder / "grpo-seed0.partial").mkdir(parents=True)
+    (folder / "grpo-seed0.partial" / "grpo.csv").write_text("of the other\n")
+    flags = ["--arms", "grpo", "--seeds", "0", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with (folder / "grpo-seed0.txt").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        sleep = subprocess.Popen(["sleep", "60"], stdout=file)
+    with pytest.raises(SystemExit, match="1 of 1 cells failed"):
+        compare.main(flags)
+    said = capsys.readouterr()
+    assert "another process is running it" in said.out + said.err
+    assert (folder / "grpo-seed0.partial" / "grpo.csv").read_text() == "of the other\n"
+    sleep.kill()
+    sleep.wait()
+    compare.main(flags)
+    assert (folder / "grpo-seed0" / "output.txt").exists()
 
 
 @pytest.mark.parametrize(

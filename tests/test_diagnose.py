@@ -1,6 +1,7 @@
 """diagnose.py and transcripts.py: the statistics against hand-computed values, the choice of
 tokens, what is refused, and a real run whose page is taken apart."""
 
+import copy
 import csv
 import math
 import random
@@ -300,6 +301,11 @@ def test_transcripts_are_whole_and_escaped(tiny):
     found = pieces(tiny, rollouts, 0)
     assert "".join(text for text, _ in found) == forged
     assert [position for _, position in found] == [None, *range(3, len(ids))]
+    # an id of no token, of which a padded vocabulary has some, is sampled by an untaught model
+    padded = copy.copy(tiny)
+    padded.bytes_of = tiny.bytes_of + [b""]
+    rollouts.ids[0, -1] = len(tiny.bytes_of)
+    assert pieces(padded, rollouts, 0)[-1].text == f"<{len(tiny.bytes_of)}>"
 
 
 def test_only_the_instructions_are_left_out_of_a_picture():

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -183,6 +183,26 @@ def test_the_order_of_blocks_does_not_matter():
     assert ratios[0].interval(ratios[0]) == (0, 0, 0)
 
 
+def test_shuffled_rewards_stay_in_their_group_and_carry_no_signal(built_in, played, block):
+    advantages = torch.tensor([3.0, -1, -1, -1, 5, 6, -5, -6])
+    orders = {tuple(gs.shuffled(advantages, 4, seed).tolist()) for seed in range(50)}
+    assert len(orders) > 25
+    for order in orders:
+        assert sorted(order[:4]) == [-1, -1, -1, 3] and sorted(order[4:]) == [-6, -5, 5, 6]
+    # a null is the weighting's gradient with those rewards
+    rollouts, frozen = played
+    mixed = replace(rollouts)
+    seed = int(rollouts.ids.sum())
+    mixed.rewards = gs.shuffled(group_advantages(rollouts.rewards, 4), 4, seed)
+    for name in gs.NULLS:
+        arm = gs.WEIGHTINGS[name.removesuffix("-null")]
+        written = written_gradient(built_in, mixed, frozen, arm)
+        found = block.gradient({name: 1.0})
+        assert torch.cosine_similarity(found, written, dim=0) > 0.9999
+        own = block.gradient(gs.mixture(arm))
+        assert torch.cosine_similarity(found, own, dim=0) < 0.9
+
+
 # ------------------------------------------------------------------------------------- the command
 def test_diagnose_writes_the_signal(start, tmp_path, capsys):
     config = DiagnoseConfig(
@@ -192,7 +212,8 @@ def test_diagnose_writes_the_signal(start, tmp_path, capsys):
     diagnose(config)
     with (tmp_path / "out" / "signal.csv").open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
-    assert list(rows) == [*gs.CLASSES, *(name for name in gs.WEIGHTINGS if name != "shift")]
+    weightings = [name for name in gs.WEIGHTINGS if name != "shift"]
+    assert list(rows) == [*gs.CLASSES, *weightings, *gs.NULLS]
     shares = [float(rows[name]["token_share"]) for name in gs.CLASSES]
     assert sum(shares) == pytest.approx(1, abs=1e-4)
     assert float(rows["grpo"]["adam_gain"]) == 0
