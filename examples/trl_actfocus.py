@@ -10,8 +10,8 @@ gradient are those of `clipped_loss` with `actfocus_weights` over the rollouts o
 (tests/test_examples.py); settings with which they would silently be others are refused. An update
 is of the whole generation, so ratios leave 1, and are clipped, only with num_iterations > 1. With
 vLLM TRL also multiplies each token's loss by its importance ratio. Against plain TRL (`--plain`) an
-update takes 1.11 times as long with the built-in model (results/speed.md). The reference is whole on every
-process: with FSDP or ZeRO-3, which were not tried, only the policy is split.
+update takes 1.11 times as long with the built-in model (results/speed.md). The reference is whole
+on every process: with FSDP or ZeRO-3, which were not tried, only the policy is split.
 """
 
 from __future__ import annotations
