@@ -82,8 +82,13 @@ def token_parts(rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor) -> 
         if name != "shift" or signals[name].any():  # a policy has not shifted from itself
             parts[name] = (weights - 1) * action
     arm = WEIGHTINGS["placebo"]
-    weights = sum(share * parts[part] for part, share in mixture(replace(arm, change=None)).items())
+    weights = blend(parts, mixture(replace(arm, change=None)))
     return parts | {"placebo": scatter_weights(weights, rollouts, seed=0)}
+
+
+def blend(parts: dict[str, Tensor], shares: dict[str, float]) -> Tensor:
+    """The weights (B, T) of a mixture of parts."""
+    return sum(share * parts[part] for part, share in shares.items())
 
 
 def mixture(arm: Arm) -> dict[str, float]:
@@ -144,8 +149,7 @@ def measure_block(
     parts = token_parts(rollouts, frozen, old_logprob)
     earned = dict.fromkeys(parts, advantages)
     for name in NULLS:
-        shares = mixture(WEIGHTINGS[name.removesuffix("-null")])
-        parts[name] = sum(share * parts[part] for part, share in shares.items())
+        parts[name] = blend(parts, mixture(WEIGHTINGS[name.removesuffix("-null")]))
         earned[name] = shuffled(advantages, config.group_size, seed=int(rollouts.ids.sum()))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     chosen = choose_coordinates(parameters)

@@ -327,9 +327,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="for --model (cpu)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in it on a CPU, too")
     given = vars(parser.parse_args(argv))  # only what was given
-    model, out, device, bfloat16 = map(
-        given.pop, ("model", "out", "device", "bfloat16"), [None] * 4
-    )
+    model, out = given.pop("model", None), given.pop("out", None)
+    device, bfloat16 = given.pop("device", "cpu"), given.pop("bfloat16", False)
     fewer = {"episodes": 1000, "window_steps": 300, "window_batch": 4, "episode_steps": 0}
     try:
         settings = WarmStart(**(fewer | {"lr": 1e-4} if model else {}) | given)
@@ -338,12 +337,13 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("there must be a step, and at least 4 --episodes to draw it from")
         if not out and (model or settings != WarmStart(settings.env)):
             raise ValueError("--model or another setting needs --out: no other is written over")
-        if model:
-            teach(load_policy(model, device or "cpu", bool(bfloat16)), settings, out)
-        else:
-            make_start(settings, out or STARTS / settings.env)
+        policy = load_policy(model, device, bfloat16) if model else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if policy:
+        teach(policy, settings, out)
+    else:
+        make_start(settings, out or STARTS / settings.env)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,9 @@ def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
         rows = read(tmp_path / "run" / f"{arm}.csv")
         assert len(rows) == 3 and float(rows[1]["action_fraction"]) > 0
         saved = tmp_path / "run" / arm
+        assert {"chat_template.jinja", "config.json", "tokenizer.json"} <= {
+            path.name for path in saved.iterdir()
+        }
         kept = ["chat_template.jinja", "generation_config.json"]  # as they were, byte for byte
         assert all((saved / name).read_bytes() == (family / name).read_bytes() for name in kept)
         transformers.AutoModelForCausalLM.from_pretrained(saved)
