@@ -108,8 +108,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def paper_settings(env: str, critic: bool) -> dict:
-    """What the paper's runs have other than the defaults below (its appendix), by world and
-    whether PPO is among the arms. Where it does not have a world of ours, those of FrozenLake."""
+    """The paper's training settings (its appendix) where they are not the defaults below, by world
+    and whether PPO is among the arms; FrozenLake's for a world that it does not have. The worlds
+    stay ours, with their turns and penalties."""
     settings = {
         "iterations": 200, "group_size": 16, "minibatch": 32, "lr": 1e-6, "eval_every": 10,
         "eval_episodes": 512, "eval_group_size": 16, "max_turn_tokens": 400, "max_tokens": 3600,
@@ -126,15 +127,15 @@ def paper_settings(env: str, critic: bool) -> dict:
 
 @dataclass
 class Config:
-    """Every flag. Defaults are the paper's, but that all groups are kept, and sizes and learning
-    rate suit the built-in model."""
+    """Every flag. Clip, entropy bonus, KL and the temperature of evaluations are the paper's; the
+    rest suits the built-in model."""
 
     env: str = option("frozenlake", f"of {', '.join(ENVIRONMENTS)}")
     model: str | None = option(None, "chat model to train, not the built-in: folder, id", kind=str)
     thoughts: int | None = option(
         None, "of a start with another number of free sentences", 0, 30, kind=int
     )
-    preset: str | None = option(None, '"paper": its settings for the world', kind=str)
+    preset: str | None = option(None, '"paper": its training settings for the world', kind=str)
     iterations: int = option(10, "rounds of playing and updating", 1)
     prompts: int = option(8, "prompts an iteration", 1)
     group_size: int = option(8, "rollouts of each prompt", 1)

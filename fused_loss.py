@@ -44,7 +44,7 @@ def token_loss(
     count = len(logprob) if count is None else count
     loss = clipped_loss(logprob, old_logprob, advantages, weights, clip_low, clip_high, normalizer)
     if kl_coef:
-        # NOTE: without the ratio before it, the gradient of k1 would be 0 on average.
+        # NOTE: the ratio is ours: without it, the gradient of k1 would be 0 on average.
         k1 = logprob - ref_logprob
         loss = loss + kl_coef * ((logprob - old_logprob).exp() * k1).sum() / count
     if entropy_coef:

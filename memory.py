@@ -43,7 +43,9 @@ def told(run: Callable) -> Callable:
                 error
             ):
                 raise
-            raise SystemExit(f"out of memory on {config.device}: {ADVICE}") from None
+            trains = hasattr(config, "gradient_checkpointing")
+            flags = ADVICE if trains else "lower --micro-tokens or --play-batch"  # of a diagnosis
+            raise SystemExit(f"out of memory on {config.device}: {flags}") from None
 
     return wrapped
 

@@ -15,14 +15,16 @@ itself, for it needs vLLM or SGLang and Ray on GPUs.
   what else would make it silently another loss, `refuse` refuses.
 - The divisor is that of the batch that `weigh` sees. It is the mini-batch's, and so the paper's, if
   the batch is one mini-batch; else an update's step is off by how much its mean weight differs.
-- verl's reference worker returns log-probs and no energies. The trainer below takes the paper's
-  other frozen signal, the log-prob shift; with a worker that also writes `ref_energy` (minus the
-  logsumexp of the raw logits, (bs, response length)), it takes that.
+- verl's reference worker returns log-probs and no energies. With a worker that also writes
+  `ref_energy` (minus the logsumexp of the raw logits, (bs, response length)) the trainer below is
+  the paper's. Without, it says so and takes the log-prob shift, which the paper tried, too: zero
+  before the first update, so that at first the discount acts alone.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,6 +105,9 @@ def register(opening: bytes = b"") -> None:
             if "ref_energy" in data:
                 signal = data["ref_energy"]
             elif "ref_log_prob" in data:
+                warnings.warn(
+                    "no ref_energy: the log-prob shift takes the energy's place", stacklevel=2
+                )
                 signal = data["old_log_probs"] - data["ref_log_prob"]
             else:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The pictures of evidence.md that compare.py does not draw, from the tables that it left:
+"""The pictures and tables of evidence.md that compare.py does not make, from the logs that it left:
 
 python results/evidence.py
 """
@@ -263,9 +263,58 @@ def describe_pairs(pairs: list[Pair]) -> str:
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------- the reasoning
+REASONED = ("compare", "ablations", "long", "seeds-sudoku", "seeds-sokoban", "seeds-shop")
+REASONING = {  # title: column of the log, factor, decimals
+    "true facts, %": ("reasoning_accuracy", 100, 1),
+    "turns without a fact, %": ("turns_without_facts", 100, 2),
+    "tokens a rollout": ("response_tokens", 1, 0),
+    "entropy, nats": ("entropy", 1, 3),
+}
+
+
+def describe_reasoning() -> str:
+    """What the arms' reasoning is like in a run's last two iterations, over its seeds."""
+    lines = [
+        f"{'':26} {'start':>6} {'GRPO':>6} {'ActFocus':>8}   {'less GRPO':14} "
+        "silence blamed, less ActFocus"
+    ]
+    for folder in (path for name in REASONED for path in sorted(HERE.glob(f"{name}/*/"))):
+        lines.append(f"{folder.relative_to(HERE)}")
+        for title, (name, factor, digits) in REASONING.items():
+            ends = defaultdict(dict)  # by arm: seeds
+            for log in folder.glob("*-seed*[0-9]/*.csv"):
+                arm, seed = log.stem, log.parent.name.removeprefix(f"{log.stem}-seed")
+                if arm in ("grpo", "actfocus", "blame"):
+                    values = factor * np.array(column(log, name)[1])
+                    ends[arm][seed] = values[-2:].mean()
+                    if arm == "grpo":
+                        ends["start"][seed] = values[0]
+            start, grpo, focus = (
+                f"{np.mean([*ends[arm].values()]):.{digits}f}"
+                for arm in ("start", "grpo", "actfocus")
+            )
+            gain, more = (
+                over(ends[arm], ends[other], digits)
+                for arm, other in (("actfocus", "grpo"), ("blame", "actfocus"))
+            )
+            line = f"  {title:24} {start:>6} {grpo:>6} {focus:>8}   {gain:14} {more}"
+            lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def over(arm: dict[str, float], other: dict[str, float], digits: int) -> str:
+    """The difference over the arm's seeds, with its 95 % interval; "" if there are none."""
+    gains = [arm[seed] - other[seed] for seed in sorted(arm)]
+    return f"{np.mean(gains):+.{digits}f} ± {t_interval(gains):.{digits}f}" if gains else ""
+
+
 if __name__ == "__main__":
     draw_rates(HERE / "rate")
     pairs, dosed = trained_pairs(), doses(HERE / "dose")
     draw_pairs(pairs)
     draw_doses(dosed, HERE / "dose" / "dose.png")
     print(describe_pairs(pairs), describe_doses(dosed), sep="\n\n")
+    reasoning = describe_reasoning()
+    (HERE / "reasoning.txt").write_text(f"{reasoning}\n", encoding="utf-8")
+    print(f"\n{reasoning}")

@@ -10,6 +10,7 @@ import torch
 import transformers
 from test_train import run_script
 
+import diagnose
 import memory
 from policy import load_policy
 
@@ -79,6 +80,15 @@ def test_a_model_that_does_not_fit_is_told_of_before_it_is_loaded(start, tmp_pat
 def test_an_estimate_that_fails_ends_no_run(tmp_path, capsys):
     memory.announce(str(tmp_path / "nothing"), None, [])
     assert "note: the memory that this takes cannot be estimated" in capsys.readouterr().out
+
+
+def test_a_diagnosis_is_told_of_its_own_flags(monkeypatch):
+    def hungry(config):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(diagnose, "load_policies", hungry)
+    with pytest.raises(SystemExit, match="out of memory on cpu: lower --micro-tokens or --play-"):
+        diagnose.diagnose(diagnose.DiagnoseConfig(device="cpu"))
 
 
 QWEN25 = {  # hidden, intermediate, layers, heads
