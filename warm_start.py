@@ -236,7 +236,6 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
     mean_length = sum(len(ids) for ids, _ in wholes) / len(wholes)
     few = max(1, min(settings.window_batch // 2, int(3000 / mean_length)))  # some 3000 tokens
     batches += [rng.sample(wholes, few) for _ in range(settings.episode_steps)]
-
     model = policy.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, (0.9, 0.98), weight_decay=0.01)
     steps = max(21, len(batches))  # with 20 and these 5 % OneCycleLR divides by zero
@@ -305,6 +304,7 @@ def make_start(settings: WarmStart, folder: Path) -> None:
 def teach(policy: Policy, settings: WarmStart, folder: Path) -> None:
     """Warm-start a checkpoint on the demonstrations of a world, and say what it changed."""
     env = settings.make_env()
+    print("playing 32 episodes, before and after: minutes, for a large model", flush=True)
     print(f"before: {measure(policy, settings, 0.5, episodes=32)}", flush=True)
     imitate(policy, env, demonstrations(env, settings), settings)
     policy.save(folder)
