@@ -63,8 +63,13 @@ class Checkpoints:
             states = {name: part.state_dict() for name, part in parts.items()}
             self.save({"arm": arm, "iteration": iteration, "parts": states, "rng": rng.getstate()})
         if self.interrupted:
-            again = f"to go on: python {sys.argv[0]} --resume {self.out}"
-            raise SystemExit(f"interrupted after row {iteration - 1} of {arm}.csv; {again}")
+            raise SystemExit(f"interrupted after row {iteration - 1} of {arm}.csv; {self.again()}")
+
+    def again(self) -> str:
+        """What to do about a run that has ended early."""
+        if self.every:
+            return f"to go on: python {sys.argv[0]} --resume {self.out}"
+        return "it cannot go on, since --checkpoint-every is 0"
 
     def save(self, state: dict) -> None:
         """Write a checkpoint, then forget the third last. Raises OSError."""

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from arms import ARMS
-from config import parse
+from config import FREE, parse
 from report import COLUMNS, MEASURES, PANELS, column, draw_seeds, measures, t_interval
 from train_ppo import PPOConfig
 from warm_start import start_folder
@@ -121,7 +121,7 @@ def finished(cell: Cell, config: PPOConfig, out: Path) -> bool:
     for path in (done / "config.json", cell.partial(out) / "config.json"):
         before = usual | json.loads(path.read_text()) if path.exists() else {}
         for name, value in asdict(config).items():
-            if name not in ("out", "device") and before.get(name, value) != value:
+            if name not in ("out", "device", *FREE) and before.get(name, value) != value:
                 was = f"{path.parent} was run with {name} {before[name]}, not {value}"
                 raise SystemExit(f"{was}: choose another --out, or remove it")
     if done.exists() and not (done / "config.json").exists():
@@ -159,6 +159,9 @@ def run_cell(cell: Cell, rest: list[str], out: Path, environ: dict, processes: l
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the trainer inherits it
         except BlockingIOError:
             return f"another process is running it: wait for its end, or kill it ({log})"
+        if cell.folder(out).exists():  # another process has done it meanwhile
+            log.unlink()
+            return ""
         file.truncate(0)
         if any(partial.glob("checkpoints/*.pt")):  # it was killed
             command += ["--resume", str(partial)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -168,7 +169,7 @@ class Config:
     seed: int = option(0, "of the prompts and of sampling", 0, 10**9)
     device: str = option(DEVICE, "torch device")
     bfloat16: bool = option(False, "compute in bfloat16 on a CPU, too: faster where it has AVX-512")
-    out: str | None = option(None, "results folder; else runs/<time>-<env>-seed<seed>", kind=str)
+    out: str | None = option(None, "results folder; else a new one in runs/", kind=str)
     save: bool = option(False, "also save the trained policies as folders that transformers opens")
     checkpoint_every: int = option(5, "iterations between checkpoints; 0: none", 0)
     resume: str | None = option(None, "folder of a run to go on with; its flags count", kind=str)
@@ -179,6 +180,8 @@ class Config:
         make_env(self.env)
         if self.preset not in (None, "paper"):
             raise ValueError(f"--preset is {self.preset}: there is only paper")
+        if self.group_size == 1 and not self.with_critic:
+            raise ValueError("--group-size is 1: GRPO compares rollouts of a prompt, at least 2")
         if self.evaluated() % self.eval_group_size:
             raise ValueError(
                 f"--eval-episodes {self.evaluated()} do not split into groups of "
@@ -200,7 +203,12 @@ class Config:
             self.lr = 1e-6 if self.model else built_in
         self.eval_episodes = self.evaluated()
         if self.out is None:
-            self.out = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{self.env}-seed{self.seed}"
+            self.out = new_folder(f"{self.env}-seed{self.seed}")
+
+
+def new_folder(what: str) -> str:
+    """Two processes that begin in the same second get two folders."""
+    return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{os.getpid()}"
 
 
 @dataclass
@@ -227,6 +235,8 @@ class ActFocusConfig(Config):
                 raise ValueError(f"--arms: there is no arm {name!r}: choose of {', '.join(ARMS)}")
             if ARMS[name].critic and not self.with_critic:
                 raise ValueError(f"--arms: {name} has a critic, which train_ppo.py trains")
+            if self.group_size == 1 and not ARMS[name].critic:
+                raise ValueError(f"--group-size is 1: --arms {name} compares rollouts, at least 2")
         if len(set(names)) < len(names):
             raise ValueError(f"--arms {self.arms} names an arm twice: name each once")
         if self.no_baseline and len(names) == 1:

@@ -18,7 +18,6 @@ And, from transcripts.py, tokens.html and tokens.png: every token coloured by it
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import memory
 from actfocus import actfocus_weights
 from arms import SIGNALS, token_signals, turn_numbers
-from config import DEVICE, option, parse
+from config import DEVICE, new_folder, option, parse
 from energy import TokenStats
 from gradient_signal import (
     PROMPTS_PER_BLOCK,
@@ -87,7 +86,7 @@ class DiagnoseConfig:
     seed: int = option(0, "of sampling", 0)
     device: str = option(DEVICE, "torch device")
     bfloat16: bool = option(False, "compute in bfloat16 on a CPU, too")
-    out: str | None = option(None, "folder for results; runs/<time>-<env>-diagnosis", kind=str)
+    out: str | None = option(None, "folder for results; else a new one in runs/", kind=str)
 
     def shaping(self) -> dict:
         """What was asked of the built-in model, by fields of `WarmStart`."""
@@ -110,7 +109,7 @@ class DiagnoseConfig:
 def diagnose(config: DiagnoseConfig) -> None:
     """Play the groups, measure each, correlate, draw."""
     reference, policy = load_policies(config)
-    out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.env}-diagnosis")
+    out = Path(config.out or new_folder(f"{config.env}-diagnosis"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     groups, blocks, wanted = [], [], min(config.blocks, config.groups // PROMPTS_PER_BLOCK)

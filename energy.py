@@ -56,11 +56,11 @@ def token_stats(
     >>> [round(x.item(), 4) for x in stats]  # four equal logits of 0: log 1/4, -log 4, log 4
     [-1.3863, -1.3863, 1.3863]
     """
-    chunk_size = checked_chunk_size(hidden, head, targets, temperature, chunk_size, CHUNK_ELEMENTS)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), head.to(dtype)
+    chunk_size = checked_chunk_size(hidden, head, targets, temperature, chunk_size, CHUNK_ELEMENTS)
     with torch.autocast(device, enabled=False):
         return TokenStats(*_TokenStats.apply(hidden, head, targets, temperature, chunk_size))
 

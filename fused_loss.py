@@ -99,6 +99,9 @@ def fused_policy_loss(
     >>> fused_policy_loss(hidden, head, torch.tensor([2]), old_logprob, one, one).loss
     tensor(-1., grad_fn=<_FusedPolicyLossBackward>)
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     elements = CHUNK_ELEMENTS * (8 if hidden.is_cuda else 2)  # a GPU wants few and large products
     chunk_size = checked_chunk_size(hidden, head, targets, temperature, chunk_size, elements)
     per_token = {"old_logprob": old_logprob, "advantages": advantages, "weights": weights}
@@ -109,9 +112,6 @@ def fused_policy_loss(
             found = values if values is None else tuple(values.shape)
             expected = f"expected one number a target, {tuple(targets.shape)}"
             raise ValueError(f"{name} is {found}: {expected}")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         loss, logprob, entropy = _FusedPolicyLoss.apply(
             hidden, head, targets,
@@ -180,7 +180,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
                     grad_z = p.mul_(of_entropy).addcmul_(q, on_logprob).neg_()
                 grad_z.scatter_add_(-1, targets[here, None], on_logprob)  # + onehot * on_logprob
             grad_z = z.to(hidden.dtype)  # of all parts
-            if wants_hidden or wants_head:
+            if wants_hidden:
                 grad_hidden[rows] = matmul(grad_z, head).to(hidden.dtype)
             if wants_head:
                 add_matmul(grad_head, grad_z.T, hidden[rows])

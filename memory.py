@@ -39,9 +39,8 @@ def told(run: Callable) -> Callable:
         try:
             return run(config, *args, **options)
         except RuntimeError as error:  # a processor's is no OutOfMemoryError
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(
-                error
-            ):
+            full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not full:
                 raise
             trains = hasattr(config, "gradient_checkpointing")
             flags = ADVICE if trains else "lower --micro-tokens or --play-batch"  # of a diagnosis

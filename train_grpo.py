@@ -36,7 +36,7 @@ from fused_loss import fused_policy_loss
 from policy import Policy, load_policy
 from rollout import Rollouts, repeated, rollout, score_all, scored_hidden, start_rows
 from segment import Segment
-from warm_start import EVAL_SEEDS, start_folder
+from warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
 
@@ -67,7 +67,7 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
                 if config.save:
                     policy.save(out / name)
     except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"{out} cannot be written: {error}; --resume {out} goes on") from None
+        raise SystemExit(f"{out} cannot be written: {error}; {checkpoints.again()}") from None
     finally:  # also when interrupted: what has been done is drawn and stays
         with contextlib.suppress(OSError):  # a full disk, which has been told of
             report.draw(out)  # 9. draw
@@ -126,7 +126,7 @@ def train(
         if not last:
             began = time.perf_counter()
             # 3. play groups: every prompt group_size times
-            prompts = [rng.randrange(10**9) for _ in range(config.prompts)]
+            prompts = [rng.randrange(WARM_START_SEEDS) for _ in range(config.prompts)]
             seeds = repeated(prompts, config.group_size)
             rollouts = play(policy, config, seeds, config.temperature, config.seed)
             played = time.perf_counter()
@@ -148,7 +148,7 @@ def train(
                 advantages = per_rollout[:, None].expand(response.shape)  # (B, T)
             else:
                 advantages, returns = critic.advantages(rollouts)  # (B, T) each
-            # 6. token weights: here the arms differ, and nowhere else. GRPO: alpha 1, beta 0
+            # 6. token weights: all that ActFocus changes. GRPO: alpha 1, beta 0
             signal, ref_logprob = torch.zeros(response.shape, device=policy.device), None
             if reference is not None:  # KL needs it at all tokens, the weights at action tokens
                 frozen = score(reference, rollouts, response if config.kl_coef else action, config)
@@ -214,7 +214,7 @@ def update(
         previous = gradient
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         norms.append(norm.item())
-        if guard.passes(norms[-1], sums["loss"], policy.model):
+        if guard.passes(norms[-1], loss.item(), policy.model):
             optimizer.step()
         optimizer.zero_grad()
     tokens = response.sum().item()
@@ -237,7 +237,7 @@ class Guard:
         if math.isfinite(norm):
             self.in_a_row = 0
             return True
-        cause = f"gradient (loss: {loss:g}) is" if finite(model) else "weights are"
+        cause = f"gradient (last loss: {loss:g}) is" if finite(model) else "weights are"
         said = f"{self.place}: left out an update, since the {cause} not finite"
         self.in_a_row += 1
         if self.in_a_row == 3:

@@ -327,19 +327,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="for --model (cpu)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in it on a CPU, too")
     given = vars(parser.parse_args(argv))  # only what was given
-    model, out = given.pop("model", None), given.pop("out", None)
-    device, bfloat16 = given.pop("device", "cpu"), given.pop("bfloat16", False)
-    fewer = {"episodes": 1000, "window_steps": 300, "window_batch": 4, "episode_steps": 0}
+    model, out, on, half = (given.pop(x, None) for x in ("model", "out", "device", "bfloat16"))
+    usual = {"episodes": 1000, "window_steps": 300, "window_batch": 4, "episode_steps": 0}
     try:
-        settings = WarmStart(**(fewer | {"lr": 1e-4} if model else {}) | given)
+        settings = WarmStart(**({"lr": 1e-4, **usual} if model else {}) | given)
         settings.make_env()
-        if settings.window_steps + settings.episode_steps < 1 or settings.episodes < 4:
-            raise ValueError("there must be a step, and at least 4 --episodes to draw it from")
+        least = settings.window_batch  # windows; an episode has one at least
+        if settings.window_steps + settings.episode_steps < 1 or settings.episodes < least:
+            raise ValueError(f"there must be a step, and at least {least} --episodes for it")
         if not out and (model or settings != WarmStart(settings.env)):
             raise ValueError("--model or another setting needs --out: no other is written over")
-        policy = load_policy(model, device, bfloat16) if model else None
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+        policy = load_policy(model, on or "cpu", bool(half)) if model else None
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # no such device
+        parser.error(str(error).splitlines()[0])
     if policy:
         teach(policy, settings, out)
     else:

@@ -65,7 +65,7 @@ class Sokoban(World):
     ):
         super().__init__(limit=moves, thoughts=thoughts)
         bounded(size=(size, 5, 8), boxes=(boxes, 1, 3), walls=(walls, 0, size - 4))
-        bounded(moves=(moves, 6, 40))
+        bounded(moves=(moves, max(6, boxes + 4), 40))  # fewer leave no start for so many boxes
         self.inside = size - 2
         self.boxes_wanted = boxes
         self.walls_wanted = walls

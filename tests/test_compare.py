@@ -110,6 +110,8 @@ def test_a_cell_from_before_a_flag_had_its_default(tmp_path):
     config.bfloat16 = True
     with pytest.raises(SystemExit, match="was run with bfloat16 False, not True"):
         compare.finished(cell, config, tmp_path)
+    config.bfloat16, config.play_batch, config.micro_tokens = False, 64, 2048  # only save memory
+    assert compare.finished(cell, config, tmp_path)
 
 
 def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_trainer, capsys):
@@ -199,6 +201,12 @@ def test_a_cell_that_another_process_runs_is_left_alone(tmp_path, fake_trainer, 
     sleep.wait()
     compare.main(flags)
     assert (folder / "grpo-seed0" / "output.txt").exists()
+    # done by another process since this one looked: not run again
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    cell = compare.Cell("frozenlake", "grpo", None, 0)
+    assert compare.run_cell(cell, [], tmp_path / "out", dict(os.environ), []) == ""
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))[1:] == before[1:]
+    assert {path.name for path in folder.iterdir()} == {"grpo-seed0"}
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,8 @@ def test_autocast_lends_its_dtype():
     assert all(torch.equal(a, b) for a, b in zip(under, by_hand, strict=True))
     under.logprob.sum().backward()
     assert hidden.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="is float16"):
+        token_stats(hidden, weight, targets)
 
 
 def test_extreme_logits_stay_finite():

@@ -733,6 +733,14 @@ def check_sokoban_text(env, shown):
     assert status.endswith(f"moves left {env.turns_left}")
 
 
+def test_sokoban_has_a_start_wherever_its_bounds_allow_it():
+    """With 3 boxes in the smallest room there is none within three moves: an endless search."""
+    for moves, boxes in ((6, 1), (6, 2), (7, 3)):
+        assert make_env("sokoban", size=5, boxes=boxes, walls=0, moves=moves).reset(0)
+    with pytest.raises(ValueError, match="moves is 6"):
+        make_env("sokoban", size=5, boxes=3, walls=0, moves=6)
+
+
 def test_sokoban_pays_a_box_on_and_off_a_target_alike():
     env, rng = make_env("sokoban", boxes=2, moves=20), random.Random(9)
     for seed in range(100):

@@ -121,6 +121,13 @@ def test_clipping_by_hand(advantage, ratio, gains):
     )
 
 
+def test_float16_is_refused_under_autocast_too():
+    """Its gradient would be rounded to 0 before a GradScaler acts."""
+    hidden, head, zero = torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(1)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="is float16"):
+        fused_policy_loss(hidden, head, torch.tensor([1]), zero, zero, zero)
+
+
 def test_entropy_and_kl_by_hand():
     hidden, head, zero = torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(1)
     old = torch.tensor([math.log(0.25)])

@@ -260,6 +260,7 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--arms grpo,grpo", "names an arm twice"),
         ("--arms grpo,ppo", "ppo has a critic, which train_ppo.py trains"),
         ("--signal noise", "--signal is noise: choose one of energy"),
+        ("--group-size 1", "--group-size is 1: GRPO compares rollouts of a prompt, at least 2"),
         ("--eval-episodes 10 --eval-group-size 4", "do not split into groups of"),
         ("--model x --eval-group-size 64", "--eval-episodes 32 do not split into groups of"),
         ("--preset fast", "--preset is fast: there is only paper"),
@@ -274,6 +275,15 @@ def test_wrong_flags_are_refused_before_anything_runs(flags, said, capsys):
     with pytest.raises(SystemExit):
         parse(ActFocusConfig, "", flags.split())
     assert said in capsys.readouterr().err
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "20261126-120000")
+    one, other = Config(), Config()
+    one.resolve()
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    other.resolve()
+    assert one.out != other.out == "runs/20261126-120000-frozenlake-seed0-7"
 
 
 def test_an_earlier_run_is_never_overwritten(both_arms, start, tiny_folder):

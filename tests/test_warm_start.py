@@ -281,6 +281,8 @@ def test_what_cannot_be_taught_is_refused_in_a_sentence(tiny_folder, tmp_path, c
         (["--env", "mute", *teach], "mute has no demonstrations"),
         (["--window-steps", "0", *teach], "there must be a step"),
         (["--episodes", "3", *teach], "at least 4 --episodes"),
+        (["--episodes", "7", "--out", str(tmp_path / "out")], "at least 8 --episodes"),
+        (["--device", "cuda:99", *teach], "CUDA"),
         (["--thoughts", "99", *teach], "thoughts is 99"),
         (["--model", str(tmp_path), "--out", str(tmp_path / "out")], "config.json"),
     ):
