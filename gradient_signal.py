@@ -165,6 +165,7 @@ def measure_block(
                 stats.logprob, parameters, credit, retain_graph=True, materialize_grads=True
             )
             flat = [g.flatten()[some] for g, some in zip(by_parameter, chosen, strict=True)]
+            del by_parameter  # as large as the model: not to be there beside the next
             gradients[name] += torch.cat(flat).float().cpu()
     return Block(gradients, {name: part.sum().item() for name, part in parts.items()})
 
