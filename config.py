@@ -207,7 +207,7 @@ class Config:
 
 
 def new_folder(what: str) -> str:
-    """Two processes that begin in the same second get two folders."""
+    """Where results go without --out; two processes of the same second get two folders."""
     return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{os.getpid()}"
 
 

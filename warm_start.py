@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="for --model (cpu)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in it on a CPU, too")
     given = vars(parser.parse_args(argv))  # only what was given
-    model, out, on, half = (given.pop(x, None) for x in ("model", "out", "device", "bfloat16"))
+    model, out, device, half = (given.pop(x, None) for x in ("model", "out", "device", "bfloat16"))
     usual = {"episodes": 1000, "window_steps": 300, "window_batch": 4, "episode_steps": 0}
     try:
         settings = WarmStart(**({"lr": 1e-4, **usual} if model else {}) | given)
@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"there must be a step, and at least {least} --episodes for it")
         if not out and (model or settings != WarmStart(settings.env)):
             raise ValueError("--model or another setting needs --out: no other is written over")
-        policy = load_policy(model, on or "cpu", bool(half)) if model else None
+        policy = load_policy(model, device or "cpu", bool(half)) if model else None
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # no such device
         parser.error(str(error).splitlines()[0])
     if policy:

@@ -134,8 +134,7 @@ def describe_doses(found: list[Dose]) -> str:
     starts differ by more than their share."""
     lines = ["free sentences  action tokens  promised  gained, points"]
     for thoughts, share, gains, (_, promised, _) in found:
-        gained = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f}"
-        lines.append(f"{thoughts:14} {share:13.1f}% {promised:+9.3f}  {gained}")
+        lines.append(f"{thoughts:14} {share:13.1f}% {promised:+9.3f}  {with_interval(gains)}")
     x, y = np.array([(dose.share, np.mean(dose.gains)) for dose in found]).T
     line = np.polyfit(x, y, 1)
     freedom = len(x) - 2
@@ -246,7 +245,7 @@ def describe_pairs(pairs: list[Pair]) -> str:
     """A row a pair, and the rank correlation: of all, and of some."""
     lines = ["world                weighting           promised  gained, points"]
     for env, name, how, (_, promised, _), gains in pairs:
-        gained = f"{np.mean(gains):+.1f} ± {t_interval(gains):.1f} ({len(gains)} seeds)"
+        gained = f"{with_interval(gains)} ({len(gains)} seeds)"
         lines.append(f"{env:20} {name:18} {promised:+9.3f}  {gained}  {how}".rstrip())
     chosen = {
         "all": pairs,
@@ -283,31 +282,30 @@ def describe_reasoning() -> str:
     for folder in (path for name in REASONED for path in sorted(HERE.glob(f"{name}/*/"))):
         lines.append(f"{folder.relative_to(HERE)}")
         for title, (name, factor, digits) in REASONING.items():
-            ends = defaultdict(dict)  # by arm: seeds
-            for log in folder.glob("*-seed*[0-9]/*.csv"):
-                arm, seed = log.stem, log.parent.name.removeprefix(f"{log.stem}-seed")
-                if arm in ("grpo", "actfocus", "blame"):
-                    values = factor * np.array(column(log, name)[1])
-                    ends[arm][seed] = values[-2:].mean()
-                    if arm == "grpo":
-                        ends["start"][seed] = values[0]
-            start, grpo, focus = (
-                f"{np.mean([*ends[arm].values()]):.{digits}f}"
-                for arm in ("start", "grpo", "actfocus")
+            start = over_rows(folder, "grpo", name, slice(1), factor)
+            grpo, focus, blame = (
+                over_rows(folder, arm, name, slice(-2, None), factor)
+                for arm in ("grpo", "actfocus", "blame")
             )
-            gain, more = (
-                over(ends[arm], ends[other], digits)
-                for arm, other in (("actfocus", "grpo"), ("blame", "actfocus"))
-            )
-            line = f"  {title:24} {start:>6} {grpo:>6} {focus:>8}   {gain:14} {more}"
+            a, b, c = (np.mean([*runs.values()]) for runs in (start, grpo, focus))
+            means = f"{a:6.{digits}f} {b:6.{digits}f} {c:8.{digits}f}"
+            gain = with_interval([focus[seed] - grpo[seed] for seed in focus], digits)
+            more = [blame[seed] - focus[seed] for seed in blame]
+            line = f"  {title:24} {means}   {gain:14} {with_interval(more, digits) if more else ''}"
             lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-def over(arm: dict[str, float], other: dict[str, float], digits: int) -> str:
-    """The difference over the arm's seeds, with its 95 % interval; "" if there are none."""
-    gains = [arm[seed] - other[seed] for seed in sorted(arm)]
-    return f"{np.mean(gains):+.{digits}f} ± {t_interval(gains):.{digits}f}" if gains else ""
+def over_rows(folder: Path, arm: str, name: str, rows: slice, factor: float) -> dict[str, float]:
+    """By seed, the mean of some rows of a column of an arm's logs."""
+    logs = sorted(folder.glob(f"{arm}-seed*[0-9]/{arm}.csv"))
+    means = [factor * np.mean(column(log, name)[1][rows]) for log in logs]
+    return {log.parent.name.rpartition("-")[2]: mean for log, mean in zip(logs, means, strict=True)}
+
+
+def with_interval(values: list[float], digits: int = 1) -> str:
+    """The mean, with its sign, and half its 95 % interval."""
+    return f"{np.mean(values):+.{digits}f} ± {t_interval(values):.{digits}f}"
 
 
 if __name__ == "__main__":
