@@ -9,7 +9,7 @@ The loop is `train` of train_grpo.py. What ActFocus changes is its stage 6, and 
 
 from __future__ import annotations
 
-from config import ActFocusConfig, parse
+from support.config import ActFocusConfig, parse
 from train_grpo import run
 
 if __name__ == "__main__":

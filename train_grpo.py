@@ -25,18 +25,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import memory
-import report
 from actfocus import actfocus_weights, group_advantages, most_varied_groups
 from arms import ARMS, Arm, token_signals
-from checkpoint import Checkpoints, sync
-from config import FREE, Config, parse
 from energy import TokenStats
 from fused_loss import fused_policy_loss
 from policy import Policy, load_policy
 from rollout import Rollouts, repeated, rollout, score_all, scored_hidden, start_rows
 from segment import Segment
-from warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
+from support import logs, memory
+from support.checkpoint import Checkpoints, sync
+from support.config import FREE, Config, parse
+from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
 
@@ -70,8 +69,8 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
         raise SystemExit(f"{out} cannot be written: {error}; {checkpoints.again()}") from None
     finally:  # also when interrupted: what has been done is drawn and stays
         with contextlib.suppress(OSError):  # a full disk, which has been told of
-            report.draw(out)  # 9. draw
-    print(report.summary(out))
+            logs.draw(out)  # 9. draw
+    print(logs.summary(out))
     shutil.rmtree(checkpoints.folder, ignore_errors=True)
 
 
@@ -83,7 +82,7 @@ def open_run(
     origin = asdict(config) | dict.fromkeys(("out", "resume", *FREE))
     origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0  # rounds
     origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
-    checkpoints = Checkpoints(out, config.checkpoint_every, origin, report.appended)
+    checkpoints = Checkpoints(out, config.checkpoint_every, origin, logs.appended)
     try:
         if config.resume:
             return checkpoints, names[names.index(checkpoints.go_on()) :]
@@ -117,12 +116,12 @@ def train(
             prompts = range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes // config.eval_group_size)
             seeds = repeated(prompts, config.eval_group_size)
             rollouts = play(policy, config, seeds, config.eval_temperature, sampling_seed=0)
-            row |= report.outcomes(rollouts, "eval")
-            report.log_prompts(out / "evaluations.csv", name, iteration, prompts, rollouts)
-            row["eval_stderr"] = report.standard_error(rollouts.success, config.eval_group_size)
+            row |= logs.outcomes(rollouts, "eval")
+            logs.log_prompts(out / "evaluations.csv", name, iteration, prompts, rollouts)
+            row["eval_stderr"] = logs.standard_error(rollouts.success, config.eval_group_size)
             if iteration == 0 or last:
                 title = f"{name} after {iteration} iterations"
-                report.write_samples(out / "samples.txt", title, policy, rollouts)
+                logs.write_samples(out / "samples.txt", title, policy, rollouts)
         if not last:
             began = time.perf_counter()
             # 3. play groups: every prompt group_size times
@@ -130,9 +129,9 @@ def train(
             seeds = repeated(prompts, config.group_size)
             rollouts = play(policy, config, seeds, config.temperature, config.seed)
             played = time.perf_counter()
-            row |= report.outcomes(rollouts, "train")
-            report.log_prompts(out / "prompts.csv", name, iteration, prompts, rollouts)
-            row["equal_groups"] = report.equal_groups(rollouts.rewards, config.group_size)
+            row |= logs.outcomes(rollouts, "train")
+            logs.log_prompts(out / "prompts.csv", name, iteration, prompts, rollouts)
+            row["equal_groups"] = logs.equal_groups(rollouts.rewards, config.group_size)
             # groups that end alike teach nothing and may be left out (the paper's filter)
             kept = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
             rollouts = rollouts.take(kept)
@@ -158,7 +157,7 @@ def train(
             if arm.change:  # a control
                 weights = arm.change(weights, rollouts, seed=config.seed + 1000 * iteration)
             # 7. mini-batch updates
-            row |= report.behaviour(rollouts, weights, advantages, policy.end_of_turn)
+            row |= logs.behaviour(rollouts, weights, advantages, policy.end_of_turn)
             guard.place = f"{name}, iteration {iteration}"
             row |= update(
                 policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, guard
@@ -167,8 +166,8 @@ def train(
                 row |= critic.fit(rollouts, returns)
             row |= {"seconds": time.perf_counter() - began, "seconds_play": played - began}
             if not arm.uniform and iteration == 0:
-                report.warn_if_untagged(reasoning, response)
-        report.log(out / f"{name}.csv", row)  # 8. log
+                logs.warn_if_untagged(reasoning, response)
+        logs.log(out / f"{name}.csv", row)  # 8. log
         success |= {key: f"{row[key]:.2f}" for key in row if key.endswith("success")}
         progress.set_postfix(success)
         checkpoints.keep(name, iteration + 1, parts, rng, last, guard.sound(policy.model))
@@ -208,7 +207,7 @@ def update(
             sums["entropy"] += entropy.double().sum().item()
             sums["kl"] += (ratio - 1 - (logprob - old)).double().sum().item()
             sums["clip_fraction"] += (above | below).sum().item()
-        gradient = report.flat_gradient(policy.model)  # (P,), or None for a large model
+        gradient = logs.flat_gradient(policy.model)  # (P,), or None for a large model
         if previous is not None:
             cosines.append(torch.cosine_similarity(previous, gradient, dim=0).item())
         previous = gradient

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import ActFocusConfig, option, parse
 from policy import Policy
 from rollout import Rollouts, scored_hidden
+from support.config import ActFocusConfig, option, parse
 from train_grpo import run
 
 

@@ -1,9 +1,9 @@
 """ActFocus in TRL: a GRPOTrainer whose per-token advantages carry the weights, and this project's
 worlds as its rollouts. Needs `pip install trl==1.16.0`.
 
-    python examples/trl_actfocus.py --env frozenlake            # one process, a CPU will do
-    torchrun --nproc-per-node 2 examples/trl_actfocus.py        # several, on CPUs, too
-    accelerate launch --num_processes 2 examples/trl_actfocus.py    # several, on GPUs
+    python -m examples.trl_actfocus --env frozenlake            # one process, a CPU will do
+    torchrun --nproc-per-node 2 -m examples.trl_actfocus        # several, on CPUs, too
+    accelerate launch --num_processes 2 -m examples.trl_actfocus    # several, on GPUs
 
 ActFocusTrainer takes what GRPOTrainer takes: any tools, environment or reward. Its loss and
 gradient are those of `clipped_loss` with `actfocus_weights` over the rollouts of all processes
@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -29,14 +27,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from actfocus import actfocus_weights, reweight_advantages  # noqa: E402
-from energy import token_energy  # noqa: E402
-from policy import Policy, load_policy  # noqa: E402
-from rollout import rollout  # noqa: E402
-from segment import Segment, segment_batch, token_bytes  # noqa: E402
-from warm_start import start_folder  # noqa: E402
-from worlds import make_env  # noqa: E402
+from actfocus import actfocus_weights, reweight_advantages
+from energy import token_energy
+from policy import Policy, load_policy
+from rollout import rollout
+from segment import Segment, segment_batch, token_bytes
+from support.warm_start import start_folder
+from worlds import make_env
 
 
 class ActFocusTrainer(GRPOTrainer):

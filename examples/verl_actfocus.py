@@ -23,16 +23,13 @@ itself, for it needs vLLM or SGLang and Ray on GPUs.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from actfocus import actfocus_weights, reweight_advantages  # noqa: E402
-from segment import Segment, segment_batch  # noqa: E402
+from actfocus import actfocus_weights, reweight_advantages
+from segment import Segment, segment_batch
 
 
 def weigh(

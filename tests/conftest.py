@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from policy import load_policy
-from warm_start import start_folder
+from support.warm_start import start_folder
 
 TINY = {
     "episodes": 80,

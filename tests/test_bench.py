@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import bench
+from studies import bench
 
 
 def run(out, *flags):

@@ -23,15 +23,16 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
-import report  # noqa: E402
-import train_grpo  # noqa: E402
-from config import parse  # noqa: E402
-from train_grpo import Guard  # noqa: E402
-from train_ppo import Critic, PPOConfig  # noqa: E402
+import train_grpo
+from support import (
+    checkpoint,
+    logs,
+)
+from support.config import parse
+from train_grpo import Guard
+from train_ppo import Critic, PPOConfig
 
+ROOT = Path(__file__).parents[1]
 ARMS = "grpo,ppo-actfocus"
 SMALL = (
     f"--arms {ARMS} --iterations 3 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 2 "
@@ -99,8 +100,8 @@ MOMENTS = {
     "playing": (train_grpo, "play", 7, None),
     "a first update": (train_grpo, "update", 0, None),
     "a later update": (train_grpo, "update", 4, None),
-    "writing a row": (report, "log", 2, half_a_row),
-    "writing the prompts": (report, "log_prompts", 4, None),
+    "writing a row": (logs, "log", 2, half_a_row),
+    "writing the prompts": (logs, "log_prompts", 4, None),
     "writing a checkpoint": (torch, "save", 2, half_a_checkpoint),
     "writing a checkpoint of the critic": (torch, "save", 4, half_a_checkpoint),
     "naming a checkpoint": (checkpoint, "checksum", 1, None),
@@ -108,7 +109,7 @@ MOMENTS = {
     "fitting the critic": (Critic, "fit", 2, None),
     "saving the first arm": (train_grpo.Policy, "save", 0, None),
     "saving the last arm": (train_grpo.Policy, "save", 1, None),
-    "drawing": (report, "summary", 0, None),
+    "drawing": (logs, "summary", 0, None),
 }
 
 
@@ -166,7 +167,7 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
 
 
 def test_a_second_interruption_does_not_wait(tmp_path):
-    with checkpoint.Checkpoints(tmp_path, 1, {}, report.appended):
+    with checkpoint.Checkpoints(tmp_path, 1, {}, logs.appended):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -215,10 +216,10 @@ def test_any_flipped_bit_is_found(stopped):
 
 def refused(out, *flags):
     """Going on with a run is refused; returns the sentence, after a check that nothing changed."""
-    before = {path: path.read_bytes() for path in report.appended(out)}
+    before = {path: path.read_bytes() for path in logs.appended(out)}
     with pytest.raises(SystemExit) as error:
         play("--resume", out, *flags)
-    assert {path: path.read_bytes() for path in report.appended(out)} == before
+    assert {path: path.read_bytes() for path in logs.appended(out)} == before
     return str(error.value)
 
 
@@ -292,7 +293,7 @@ def test_without_checkpoints_there_are_none(tiny_folder, tmp_path, monkeypatch):
     die(monkeypatch, train_grpo, "update", 2)
     with pytest.raises(Killed):
         play(*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "0")
-    assert not (out / "checkpoints").exists() and len(report.appended(out)) == 4
+    assert not (out / "checkpoints").exists() and len(logs.appended(out)) == 4
 
 
 # ---------------------------------------------------------------------------- disks and bad numbers
@@ -307,7 +308,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tiny_folder, tmp_pat
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit, match="cannot be used: .*No space left on device"):
         play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
-    assert not report.appended(tmp_path / "run")
+    assert not logs.appended(tmp_path / "run")
 
 
 FULL_DISK = """
@@ -315,8 +316,7 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # no file grows beyond it
-sys.path.insert(0, ".")
-from config import parse
+from support.config import parse
 from train_grpo import run
 from train_ppo import Critic, PPOConfig
 config = parse(PPOConfig, "", sys.argv[1:])
@@ -427,7 +427,7 @@ def test_sigkill(whole, tiny_folder, tmp_path):
 def main(deaths: int) -> None:
     from conftest import TINY
 
-    from warm_start import start_folder
+    from support.warm_start import start_folder
 
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["ACTFOCUS_CACHE"] = scratch

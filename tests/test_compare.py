@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-import compare
-from config import parse
-from report import MEASURES, log, measures, t_interval
+from studies import compare
+from support.config import parse
+from support.logs import MEASURES, log, measures, t_interval
 from train_ppo import PPOConfig
 
 SMALL = "--iterations 2 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 4 --eval-every 1 "

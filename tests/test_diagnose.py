@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-import diagnose
 import worlds
 from actfocus import actfocus_weights
 from arms import blame_silence, scatter_weights, turn_numbers
-from config import parse
-from diagnose import (
+from energy import TokenStats
+from policy import load_policy
+from rollout import Rollouts, score_all
+from segment import Segment
+from studies import diagnose
+from studies.diagnose import (
     SIGNALS,
     TOKENS,
     DiagnoseConfig,
@@ -31,12 +34,9 @@ from diagnose import (
     spearman_test,
     token_choices,
 )
-from energy import TokenStats
-from policy import load_policy
-from rollout import Rollouts, score_all
-from segment import Segment
-from transcripts import Piece, after_instructions, draw_tokens, pieces, printable
-from warm_start import WarmStart
+from support.config import parse
+from support.transcripts import Piece, after_instructions, draw_tokens, pieces, printable
+from support.warm_start import WarmStart
 
 ROOT = Path(__file__).parents[1]
 O, F, R, A = Segment.OTHER, Segment.FORMAT, Segment.REASONING, Segment.ACTION  # noqa: E741
@@ -138,7 +138,7 @@ def test_the_harder_worlds_are_diagnosed_and_take_the_options_of_their_own(monke
     monkeypatch.setattr(worlds, "ENVIRONMENTS", dict(worlds.ENVIRONMENTS))
     configs = []
     monkeypatch.setattr(diagnose, "diagnose", configs.append)
-    main = runpy.run_path(str(ROOT / "results" / "action-bottleneck" / "harder.py"))["main"]
+    main = runpy.run_module("studies.harder")["main"]
     main()
     assert [(config.env, config.temperature, Path(config.out).name) for config in configs] == [
         ("sokoban-harder", 1.0, "sokoban-harder"),
@@ -224,7 +224,16 @@ class Page(HTMLParser):
 def run(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis")
     flags = f"--model {tiny_folder} --groups 9 --group-size 4 --play-batch 12 --max-turn-tokens 40"
-    command = [sys.executable, "diagnose.py", *flags.split(), "--device", "cpu", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "studies.diagnose",
+        *flags.split(),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return out, result.stdout
@@ -396,7 +405,14 @@ def test_a_checkpoint_that_is_none_or_has_another_tokenizer_is_refused(
     tiny, tiny_folder, tmp_path, monkeypatch
 ):
     flags = f"--model {tiny_folder} --checkpoint {tmp_path}/nowhere --groups 8 --group-size 2"
-    command = [sys.executable, "diagnose.py", *flags.split(), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "studies.diagnose",
+        *flags.split(),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "the policy cannot be loaded" in result.stderr
     assert "Traceback" not in result.stderr

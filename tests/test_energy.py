@@ -11,6 +11,8 @@ from conftest import DEVICES
 
 from energy import token_energy, token_stats
 
+ROOT = Path(__file__).parents[1]
+
 
 def reference(hidden, weight, targets, temperature=1.0):
     """The same three numbers from the full logits, in whatever dtype the inputs have."""
@@ -159,20 +161,21 @@ def test_memory_is_under_an_eighth_of_the_full_logits_way():
     """The ratio depends on N, H and the number of chunks, not on V: a ninth of Qwen's vocabulary,
     in as many chunks.
 
-    `python bench.py loss` measures the full size.
+    `python -m studies.bench loss` measures the full size.
     """
     extra = {}
     for way in ("full", "recomputed", "fused"):
         size = ["4096", "16384", "896", "cpu", "float32"] + ["110"] * (way != "full")
         command = [
             sys.executable,
-            str(Path(__file__).parents[1] / "bench.py"),
+            "-m",
+            "studies.bench",
             "--child",
             way,
             *size,
         ]
         runs = [
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
             for _ in range(1 + (way != "full"))
         ]
         extra[way] = min(

@@ -23,7 +23,9 @@ from envs import (
     write_turn,
 )
 from segment import Segment, segment_turn
-from worlds import ENVIRONMENTS, PLACES, SIZES, SUDOKU_CELLS, make_env
+from worlds import ENVIRONMENTS, make_env
+from worlds.shop import PLACES, SIZES
+from worlds.sudoku import SUDOKU_CELLS
 
 
 def lake(seed=0, **options):

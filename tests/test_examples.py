@@ -13,18 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_policy import THINKING_TEMPLATE, foreign_checkpoint
 from torch.nn.functional import pad
 
+from actfocus import actfocus_weights, clipped_loss
+from energy import token_energy
+from policy import load_policy
+from segment import Segment, segment_batch
+from support.warm_start import start_folder
+
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
-from test_policy import THINKING_TEMPLATE, foreign_checkpoint  # noqa: E402
-
-from actfocus import actfocus_weights, clipped_loss  # noqa: E402
-from energy import token_energy  # noqa: E402
-from policy import load_policy  # noqa: E402
-from segment import Segment, segment_batch  # noqa: E402
-from warm_start import start_folder  # noqa: E402
-
 TURN = [b"<think>", b"Up is ice.", b"</think>", b"\n", b"<tool_call>", b"{}", b"</tool_call>", b""]
 
 
@@ -32,8 +30,9 @@ TURN = [b"<think>", b"Up is ice.", b"</think>", b"\n", b"<tool_call>", b"{}", b"
 def train_one_update(out: Path) -> None:
     """Of one process: an update of 16 rollouts over all processes, in two micro-batches each,
     off-policy; leaves what was played and the gradient behind."""
-    import trl_actfocus
     from transformers import TrainerCallback
+
+    from examples import trl_actfocus
 
     class Recorded(trl_actfocus.ActFocusTrainer):
         def weighted(self, played):
@@ -148,7 +147,7 @@ def test_loss_and_gradient_in_trl_are_those_of_the_written_loss(processes, tmp_p
 )
 def test_settings_that_would_train_with_another_loss_are_refused(option, said, tmp_path):
     pytest.importorskip("trl")
-    from trl_actfocus import config, refuse
+    from examples.trl_actfocus import config, refuse
 
     refuse(config(output_dir=str(tmp_path), use_cpu=True, bf16=False))
     with pytest.raises(ValueError, match=f"ActFocus cannot be trained with {said}"):
@@ -157,7 +156,7 @@ def test_settings_that_would_train_with_another_loss_are_refused(option, said, t
 
 def test_what_the_template_opens_and_what_is_not_tagged_is_noticed(tmp_path):
     pytest.importorskip("trl")
-    import trl_actfocus
+    from examples import trl_actfocus
 
     policy = load_policy(foreign_checkpoint(tmp_path, "byte-level", THINKING_TEMPLATE))
     assert trl_actfocus.opened(policy.tokenizer) == policy.opening == b"<think>\n"
@@ -190,7 +189,7 @@ def test_what_the_template_opens_and_what_is_not_tagged_is_noticed(tmp_path):
 
 # --------------------------------------------------------------------------------------------- verl
 def test_settings_of_verl_that_would_train_with_another_loss_are_refused():
-    from verl_actfocus import refuse
+    from examples.verl_actfocus import refuse
 
     def config(correction=None, **options):
         usual = {"loss_mode": "vanilla", "loss_agg_mode": "token-mean", "clip_ratio_c": 1e9}
@@ -216,7 +215,8 @@ def test_loss_and_gradient_through_verl_are_those_of_the_written_loss(micro_batc
     """Off-policy, asymmetric clip, both signs of the advantage, tool responses between turns."""
     core = pytest.importorskip("verl.trainer.ppo.core_algos")
     from verl.workers.config import ActorConfig
-    from verl_actfocus import weigh
+
+    from examples.verl_actfocus import weigh
 
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(len(TURN), (8, 60), generator=generator)
@@ -251,7 +251,7 @@ def test_loss_and_gradient_through_verl_are_those_of_the_written_loss(micro_batc
 
 
 def test_what_verl_trains_on_needs_torch_alone():
-    from verl_actfocus import weigh
+    from examples.verl_actfocus import weigh
 
     ids = torch.tensor([[0, 1, 2, 4, 5, 6, 7, 1]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])

@@ -15,12 +15,12 @@ from test_train import read, run_script
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from diagnose import DiagnoseConfig, diagnose
 from envs import read_call, write_turn
 from policy import Policy, describe_tools, encoders, load_policy
 from rollout import rollout, score_all
 from segment import Segment, segment_turn, token_bytes
-from warm_start import CHAT_TEMPLATE, WarmStart, demonstrations, imitate
+from studies.diagnose import DiagnoseConfig, diagnose
+from support.warm_start import CHAT_TEMPLATE, WarmStart, demonstrations, imitate
 from worlds import make_env
 
 # Qwen3's leaves earlier thoughts out.

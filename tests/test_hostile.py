@@ -9,13 +9,11 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from envs import read_call, write_turn  # noqa: E402
-from worlds import ENVIRONMENTS, make_env  # noqa: E402
+from envs import read_call, write_turn
+from worlds import ENVIRONMENTS, make_env
 
 MARK = "hidden-Xyzzy"  # in every string that a reply makes up: no observation may repeat it
 VALUES = [

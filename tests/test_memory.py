@@ -10,9 +10,9 @@ import torch
 import transformers
 from test_train import run_script
 
-import diagnose
-import memory
 from policy import load_policy
+from studies import diagnose
+from support import memory
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {
@@ -22,10 +22,11 @@ SHAPE = {
 RUN = """
 import json, resource, sys
 import torch
-import memory, train_grpo, transformers
-from config import ActFocusConfig
+import train_grpo, transformers
+from support import memory
+from support.config import ActFocusConfig
 from policy import load_policy
-from warm_start import STARTS
+from support.warm_start import STARTS
 model, out, *more = sys.argv[1:]
 config = ActFocusConfig(
     model=model, out=out, iterations=1, prompts=1, group_size=4, minibatch=4, eval_episodes=1,

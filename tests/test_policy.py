@@ -15,13 +15,13 @@ import transformers
 from conftest import DEVICES
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from config import Config
 from envs import Step, read_call
-from memory import announce
 from policy import describe_tools, encoders, load_policy, use_packed_attention
 from rollout import rollout
 from segment import Segment
-from warm_start import CHAT_TEMPLATE
+from support.config import Config
+from support.memory import announce
+from support.warm_start import CHAT_TEMPLATE
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_train import read, run_script
 
-from config import parse
 from rollout import rollout
+from support.config import parse
 from train_ppo import Critic, PPOConfig, gae, reward_at_end, whiten
 from worlds import make_env
 

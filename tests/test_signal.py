@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import gradient_signal as gs
 from actfocus import actfocus_weights, clipped_loss, group_advantages
 from arms import ARMS
-from diagnose import DiagnoseConfig, diagnose
 from energy import token_stats
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
+from studies import gradient_signal as gs
+from studies.diagnose import DiagnoseConfig, diagnose
 from worlds import make_env
 
 

@@ -19,13 +19,13 @@ import torch
 import train_grpo
 from actfocus import actfocus_weights, clipped_loss, group_advantages
 from arms import ARMS
-from config import ActFocusConfig, Config, parse
 from energy import token_stats
 from fused_loss import policy_loss
 from policy import load_policy
-from report import COLUMNS, column, paired_difference
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
+from support.config import ActFocusConfig, Config, parse
+from support.logs import COLUMNS, column, paired_difference
 from train_grpo import Guard, run, update
 from train_ppo import PPOConfig
 from worlds import make_env

@@ -12,11 +12,11 @@ import torch
 from conftest import TINY
 from test_policy import THINKING_TEMPLATE, as_text, foreign_checkpoint
 
-import warm_start as warm_start_module
 from policy import load_policy
 from rollout import rollout
 from segment import Segment
-from warm_start import (
+from support import warm_start as warm_start_module
+from support.warm_start import (
     EVAL_SEEDS,
     STARTS,
     WARM_START_SEEDS,
@@ -49,7 +49,7 @@ def test_the_committed_starts_belong_to_the_code_and_are_small(env, monkeypatch,
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert sum(files.values()) < 2_000_000
-    assert f"python warm_start.py --env {env}" in (folder / "README.md").read_text()
+    assert f"python -m support.warm_start --env {env}" in (folder / "README.md").read_text()
 
 
 def test_the_fingerprint_is_of_words_and_settings(monkeypatch):
@@ -236,7 +236,7 @@ def test_the_script_makes_a_start_with_all_that_belongs_to_it(quick, tmp_path, m
     settings = WarmStart("shop", thoughts=2, episodes=320, window_steps=1, episode_steps=1)
     assert stamp["fingerprint"] == fingerprint(settings) and stamp["vocabulary"] == 800
     text = (tmp_path / "shop" / "README.md").read_text()
-    assert "python warm_start.py --env shop" in text and text.count("success") == 2
+    assert "python -m support.warm_start --env shop" in text and text.count("success") == 2
     monkeypatch.setattr(warm_start_module, "STARTS", tmp_path)
     found = start_folder("shop", thoughts=2, episodes=320, window_steps=1, episode_steps=1)
     assert found == tmp_path / "shop" and load_policy(found).model.num_parameters() > 300_000

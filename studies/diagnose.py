@@ -1,7 +1,7 @@
 """The Action Bottleneck, measured without training: which tokens teach, and does energy tell?
 
-    python diagnose.py --env sokoban                    # the built-in model plays itself
-    python diagnose.py --env sokoban --checkpoint runs/mine/actfocus    # a trained policy plays
+    python -m studies.diagnose --env sokoban         # the built-in model plays itself
+    python -m studies.diagnose --env sokoban --checkpoint runs/mine/actfocus   # a trained one
 
 First, how much signal and how much noise the policy gradient of the first prompts has, by kind of
 token and under each weighting (gradient_signal.py): signal.csv and signal.png.
@@ -29,12 +29,13 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 from tqdm import tqdm
 
-import memory
 from actfocus import actfocus_weights
 from arms import SIGNALS, token_signals, turn_numbers
-from config import DEVICE, new_folder, option, parse
 from energy import TokenStats
-from gradient_signal import (
+from policy import Policy, load_policy
+from rollout import Rollouts, repeated
+from segment import Segment
+from studies.gradient_signal import (
     PROMPTS_PER_BLOCK,
     Block,
     block_size,
@@ -42,14 +43,13 @@ from gradient_signal import (
     measure_blocks,
     signal_rows,
 )
-from gradient_signal import summary as signal_summary
-from policy import Policy, load_policy
-from report import logs, write_rows
-from rollout import Rollouts, repeated
-from segment import Segment
+from studies.gradient_signal import summary as signal_summary
+from support import memory
+from support.config import DEVICE, new_folder, option, parse
+from support.logs import logs, write_rows
+from support.transcripts import draw_transcripts
+from support.warm_start import start_folder
 from train_grpo import play, score
-from transcripts import draw_transcripts
-from warm_start import start_folder
 from worlds import make_env
 
 DIAGNOSE_SEEDS = 3_000_000_000  # and on: seeds that nothing else draws

@@ -1,7 +1,7 @@
 """The warm start: how a model that knows nothing, or any checkpoint, learns to play at all.
 
-    python warm_start.py --env sokoban                                  # makes starts/sokoban anew
-    python warm_start.py --env sokoban --model FOLDER --out FOLDER      # teaches a checkpoint
+    python -m support.warm_start --env sokoban                 # makes starts/sokoban anew
+    python -m support.warm_start --env sokoban --model FOLDER --out OUT  # teaches a checkpoint
 
 Random weights cannot play, and small pretrained models seldom call a tool as they should. So a
 policy first imitates scripted turns of mediocre skill; the choice of good moves is left to RL.
@@ -40,7 +40,7 @@ from rollout import rollout
 from segment import Segment, token_bytes
 from worlds import ENVIRONMENTS, make_env
 
-STARTS = Path(__file__).with_name("starts")
+STARTS = Path(__file__).parents[1] / "starts"
 WARM_START_SEEDS = 1_000_000_000  # and on: demonstrated (training draws seeds below)
 EVAL_SEEDS = 2_000_000_000  # and on: evaluated
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -278,7 +278,7 @@ START_README = """# The built-in model of {env}
 
 What training starts from, for everyone: {parameters:,} parameters, float32, made by
 
-    python warm_start.py --env {env}
+    python -m support.warm_start --env {env}
 
 with torch {torch} and transformers {transformers}; rounding makes it another model on another
 machine. `start.json` names what it belongs to. Over the 128 episodes of evaluation:

@@ -1,16 +1,14 @@
 """Every training run of this folder, a row an arm, from its CSV:
 
-python results/runs.py               # or: python results/runs.py sudoku shop/short-thoughts
+python -m studies.runs               # or: python -m studies.runs sudoku shop/short-thoughts
 """
 
 import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import column, logs  # noqa: E402
+from support.logs import column, logs
 
-HERE = Path(__file__).parent
 HEADS = (
     "run",
     "arm",
@@ -19,6 +17,8 @@ HEADS = (
     "reasoning's true facts, %",
     "entropy, nats",
 )
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def row(path: Path) -> str:
@@ -29,7 +29,7 @@ def row(path: Path) -> str:
     entropy = column(path, "entropy")[1]
     facts = [value for value in column(path, "reasoning_accuracy")[1] if not math.isnan(value)]
     cells = [
-        str(path.parent.relative_to(HERE)),
+        str(path.parent.relative_to(RESULTS)),
         path.stem,
         ", ".join(f"{100 * value:.1f}" for value in success),
         f"{sum(training) / len(training):.1%}",
@@ -41,7 +41,7 @@ def row(path: Path) -> str:
 
 def main(folders: list[str]) -> None:
     print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
-    for folder in [HERE / name for name in folders] or [HERE]:
+    for folder in [RESULTS / name for name in folders] or [RESULTS]:
         for config in sorted(folder.rglob("config.json")):
             for path in logs(config.parent):
                 if config.parent.suffix != ".partial":  # compare.py is at it

@@ -1,9 +1,9 @@
 """How fast, and in how much memory, beside what one would use instead; all on the same work, in one
 run on one machine. (Long, since half of it is what we are compared with.)
 
-    python bench.py                                     # every section, some 45 minutes on 2 cores
-    python bench.py loss --tokens 4096                  # one section, one size
-    python bench.py --device cuda --shape qwen-0.5b     # Qwen2.5-0.5B's shape, random weights
+    python -m studies.bench               # every section, some 45 minutes on 2 cores
+    python -m studies.bench loss --tokens 4096               # one section, one size
+    python -m studies.bench --device cuda --shape qwen-0.5b   # Qwen2.5-0.5B, random weights
 
 loss       value and gradients, entropy bonus included: all logits, selective log-softmax,
            recomputed in backward, fused
@@ -42,15 +42,15 @@ from torch import Tensor
 
 from actfocus import actfocus_weights, group_advantages
 from arms import ARMS, Arm, token_signals
-from config import Config
 from energy import token_stats
 from envs import Step
 from fused_loss import fused_policy_loss, policy_loss, token_loss
 from policy import Policy, encoders, load_policy
 from rollout import Rollouts, rollout
 from segment import Segment, token_bytes
+from support.config import Config
+from support.warm_start import start_folder
 from train_grpo import Guard, score, update
-from warm_start import start_folder
 from worlds import make_env
 
 GROUP = 8  # rollouts of a prompt
@@ -162,7 +162,7 @@ def measure_loss(
 
 def measure_in_child(way: str, *sizes) -> tuple[float, float] | None:
     """`measure_loss` in a process of its own; None, with a line on the screen, if it fails."""
-    command = [sys.executable, __file__, "--child", way, *map(str, sizes)]
+    command = [sys.executable, "-m", "studies.bench", "--child", way, *map(str, sizes)]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
         tokens, vocabulary, *_ = sizes
@@ -361,7 +361,6 @@ def bench_update(args: argparse.Namespace, results: Results) -> None:
 
 
 # ------------------------------------------------------------------------------------------ rollout
-@torch.no_grad()
 def generate_loop(policy: Policy, seeds: list[int]) -> int:
     """What small repositories do: each turn, the whole conversation is written out, encoded, padded
     on the left, and given to `model.generate`. Returns how many tokens were sampled."""

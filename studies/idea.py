@@ -1,21 +1,19 @@
 """The picture at the top of the README: one sampled turn, token by token, with what each token
-weighs: python results/idea.py"""
+weighs: python -m studies.idea"""
 
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+from actfocus import actfocus_weights
+from policy import load_policy
+from rollout import rollout, score_all
+from segment import Segment
+from support.transcripts import add_scale, draw_boxes, lay_out, pieces
+from support.warm_start import start_folder
+from worlds import make_env
 
-from actfocus import actfocus_weights  # noqa: E402
-from policy import load_policy  # noqa: E402
-from rollout import rollout, score_all  # noqa: E402
-from segment import Segment  # noqa: E402
-from transcripts import add_scale, draw_boxes, lay_out, pieces  # noqa: E402
-from warm_start import start_folder  # noqa: E402
-from worlds import make_env  # noqa: E402
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -42,7 +40,7 @@ def main() -> None:
         axes.set_title(f"{arm}: weight of each sampled token")
         draw_boxes(axes, boxes, values[0].tolist())
     add_scale(figure, shrink=0.9)
-    figure.savefig(HERE / "idea.png", dpi=120)
+    figure.savefig(RESULTS / "idea.png", dpi=120)
 
 
 if __name__ == "__main__":

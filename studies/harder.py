@@ -1,6 +1,6 @@
 """The Action Bottleneck after a demonstrator that errs more where the way is longer:
 
-    python results/action-bottleneck/harder.py
+    python -m studies.harder
 
 The default demonstrator plays a best move with the same probability everywhere, so nothing in its
 demonstrations makes one board more uncertain than another. People are not like that: who is one
@@ -11,13 +11,13 @@ beside this file (frozenlake-harder and so on), are of earlier starts, whose tho
 """
 
 import random
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from diagnose import DiagnoseConfig, diagnose  # noqa: E402
-from envs import FrozenLake  # noqa: E402
-from worlds import ENVIRONMENTS, Sokoban  # noqa: E402
+from envs import FrozenLake
+from studies.diagnose import DiagnoseConfig, diagnose
+from worlds import ENVIRONMENTS, Sokoban
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class HarderLake(FrozenLake):
@@ -40,7 +40,7 @@ class HarderSokoban(Sokoban):
 def main() -> None:
     ENVIRONMENTS["sokoban-harder"] = HarderSokoban
     ENVIRONMENTS["frozenlake-harder"] = HarderLake
-    here = Path(__file__).parent
+    here = RESULTS / "action-bottleneck"
     for env in ("sokoban-harder", "frozenlake-harder"):
         diagnose(DiagnoseConfig(env=env, temperature=1.0, out=str(here / env)))
         diagnose(DiagnoseConfig(env=env, temperature=0.5, out=str(here / f"{env}-t05")))

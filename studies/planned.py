@@ -1,6 +1,6 @@
 """Does a policy of frozenlake-planned still do what its thought has decided?
 
-python results/planned.py starts/frozenlake-planned results/planned/*/frozenlake-planned/*/*/
+python -m studies.planned starts/frozenlake-planned results/planned/*/frozenlake-planned/*/*/
 
 Of each policy (runs with --save), in shares of all turns: how often a call moves as its thought
 said, and how often that leads nearer to the goal, over 128 evaluation episodes at temperature 1.
@@ -8,14 +8,12 @@ said, and how often that leads nearer to the goal, over 128 evaluation episodes 
 
 import re
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from envs import read_call  # noqa: E402
-from policy import load_policy  # noqa: E402
-from rollout import rollout  # noqa: E402
-from warm_start import EVAL_SEEDS  # noqa: E402
-from worlds import PlannedLake  # noqa: E402
+from envs import read_call
+from policy import load_policy
+from rollout import rollout
+from support.warm_start import EVAL_SEEDS
+from worlds import PlannedLake
 
 
 class Watched(PlannedLake):

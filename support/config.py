@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from arms import ARMS, SIGNALS, Arm
-from report import COLUMNS, appended
+from support.logs import COLUMNS, appended
 from worlds import ENVIRONMENTS, make_env
 
 

@@ -1,16 +1,16 @@
 """All diagnoses of this folder, a row each, from their CSVs:
 
-python results/action-bottleneck/table.py
+python -m studies.table
 """
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from diagnose import spearman  # noqa: E402
+from studies.diagnose import spearman
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 HEADS = (
     "run",
@@ -47,7 +47,7 @@ def row(folder: Path) -> str:
 
 def main() -> None:
     print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
-    for path in sorted(Path(__file__).parent.glob("*/correlations.csv")):
+    for path in sorted((RESULTS / "action-bottleneck").glob("*/correlations.csv")):
         print(row(path.parent))
 
 

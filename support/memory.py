@@ -21,7 +21,7 @@ import transformers
 
 from arms import Arm
 from energy import CHUNK_ELEMENTS
-from report import LARGE
+from support.logs import LARGE
 
 Parts = dict[str, dict[str, float]]  # bytes by moment and part
 SPARE = {

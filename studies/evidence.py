@@ -1,11 +1,10 @@
 """The pictures and tables of evidence.md that compare.py does not make, from the logs that it left:
 
-python results/evidence.py
+python -m studies.evidence
 """
 
 import csv
 import json
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +14,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from arms import ARMS  # noqa: E402
-from config import ActFocusConfig  # noqa: E402
-from diagnose import spearman_test  # noqa: E402
-from gradient_signal import WEIGHTINGS  # noqa: E402
-from report import T_975, column, measures, t_interval  # noqa: E402
+from arms import ARMS
+from studies.diagnose import spearman_test
+from studies.gradient_signal import WEIGHTINGS
+from support.config import ActFocusConfig
+from support.logs import T_975, column, measures, t_interval
 
-HERE = Path(__file__).parent
 # comparisons of ten iterations from a committed start
 COMPARED = (
     *("compare", "ablations", "seeds-*", "planned/*", "weights/*"),
     # not in the setting that the signal was measured in
     *("rate-sudoku", "rate-sokoban", "filter", "batch128"),
 )
+
+RESULTS = Path(__file__).parents[1] / "results"
 MARKERS = "osD^v"
 DOSE_SEEDS = 4
 # signal.png tells the last two apart by their place
@@ -90,7 +89,7 @@ class Dose(NamedTuple):
 
 def doses(folder: Path) -> list[Dose]:
     """By action share; the default start's runs are those of compare/, as many seeds of them."""
-    sources = {6: (HERE / "compare", HERE / "signal/frozenlake")}
+    sources = {6: (RESULTS / "compare", RESULTS / "signal/frozenlake")}
     for runs in folder.glob("thoughts*"):
         sources[int(runs.name.removeprefix("thoughts"))] = (runs, runs / "signal")
     found = []
@@ -163,7 +162,9 @@ class Pair(NamedTuple):
 def trained_pairs() -> list[Pair]:
     """Of the runs in COMPARED, each weighting that the diagnosis of its world has too."""
     training = defaultdict(dict)  # by world, weighting and setting: seeds
-    cells = (path for name in COMPARED for path in HERE.glob(f"{name}/*/*-seed*[0-9]/config.json"))
+    cells = (
+        path for name in COMPARED for path in RESULTS.glob(f"{name}/*/*-seed*[0-9]/config.json")
+    )
     for path in cells:
         config = json.loads(path.read_text())
         log = path.with_name(f"{config['arms']}.csv")
@@ -171,7 +172,7 @@ def trained_pairs() -> list[Pair]:
         training[config["env"], weighting(config), setting(config)][config["seed"]] = success
     pairs = []
     for (env, name, how), runs in sorted(training.items()):
-        ratio = signal_row(HERE / "signal" / env, name)
+        ratio = signal_row(RESULTS / "signal" / env, name)
         if ratio and name != "grpo":
             gains = [runs[seed] - training[env, "grpo", how][seed] for seed in sorted(runs)]
             pairs.append(Pair(env, name, how, ratio, gains))
@@ -238,7 +239,7 @@ def draw_pairs(pairs: list[Pair]) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.3)
-    figure.savefig(HERE / "pairs.png", dpi=110)
+    figure.savefig(RESULTS / "pairs.png", dpi=110)
 
 
 def describe_pairs(pairs: list[Pair]) -> str:
@@ -279,8 +280,8 @@ def describe_reasoning() -> str:
         f"{'':26} {'start':>6} {'GRPO':>6} {'ActFocus':>8}   {'less GRPO':14} "
         "silence blamed, less ActFocus"
     ]
-    for folder in (path for name in REASONED for path in sorted(HERE.glob(f"{name}/*/"))):
-        lines.append(f"{folder.relative_to(HERE)}")
+    for folder in (path for name in REASONED for path in sorted(RESULTS.glob(f"{name}/*/"))):
+        lines.append(f"{folder.relative_to(RESULTS)}")
         for title, (name, factor, digits) in REASONING.items():
             start = over_rows(folder, "grpo", name, slice(1), factor)
             grpo, focus, blame = (
@@ -309,11 +310,11 @@ def with_interval(values: list[float], digits: int = 1) -> str:
 
 
 if __name__ == "__main__":
-    draw_rates(HERE / "rate")
-    pairs, dosed = trained_pairs(), doses(HERE / "dose")
+    draw_rates(RESULTS / "rate")
+    pairs, dosed = trained_pairs(), doses(RESULTS / "dose")
     draw_pairs(pairs)
-    draw_doses(dosed, HERE / "dose" / "dose.png")
+    draw_doses(dosed, RESULTS / "dose" / "dose.png")
     print(describe_pairs(pairs), describe_doses(dosed), sep="\n\n")
     reasoning = describe_reasoning()
-    (HERE / "reasoning.txt").write_text(f"{reasoning}\n", encoding="utf-8")
+    (RESULTS / "reasoning.txt").write_text(f"{reasoning}\n", encoding="utf-8")
     print(f"\n{reasoning}")

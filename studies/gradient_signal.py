@@ -1,6 +1,6 @@
 """Which tokens teach: signal and noise of the policy gradient, by kind of token and by weighting.
 
-    python diagnose.py --env frozenlake      # calls this first, and writes signal.csv, signal.png
+    python -m studies.diagnose --env frozenlake      # calls this and writes signal.csv, signal.png
 
 Play some prompts, split them into blocks, and take the gradient of each block. What the blocks
 agree on is signal, the rest is noise: g_i . g_j of two different blocks is |E g|^2 on average, and
@@ -34,9 +34,9 @@ from actfocus import actfocus_weights, group_advantages
 from arms import ARMS, SIGNALS, Arm, scatter_weights, token_signals
 from energy import TokenStats, token_stats
 from policy import Policy
-from report import t_interval
 from rollout import Rollouts, scored_hidden
 from segment import Segment
+from support.logs import t_interval
 
 PROMPTS_PER_BLOCK = 2
 COORDINATES = 2**20  # of a larger model's gradient, a random choice of this many

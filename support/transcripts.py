@@ -1,6 +1,6 @@
 """Transcripts to look at: every sampled token coloured by its weight in the loss.
 
-    python diagnose.py --env sokoban      # leaves tokens.html and tokens.png in its folder
+    python -m studies.diagnose --env sokoban      # leaves tokens.html and tokens.png in its folder
 
     transcript = pieces(policy, rollouts, row=0)
     draw_tokens(Path("tokens.png"), "a title", transcript, weights[0].tolist())

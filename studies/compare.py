@@ -1,7 +1,7 @@
 """Arms x worlds x learning rates x seeds in one command, and how sure the answer is.
 
-    python compare.py --env frozenlake sokoban --arms grpo actfocus --seeds 0-7 --lr 1e-4 3e-4 \\
-        --jobs 2 --out runs/compare
+    python -m studies.compare --env frozenlake sokoban --arms grpo actfocus \\
+        --seeds 0-7 --lr 1e-4 3e-4 --jobs 2 --out runs/compare
 
 Each cell is a run of train_ppo.py with one arm, in a process and a folder of its own, and gets any
 flag of train_ppo.py (--iterations 40). What is done is not run again: the same command goes
@@ -30,12 +30,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from arms import ARMS
-from config import FREE, parse
-from report import COLUMNS, MEASURES, PANELS, column, draw_seeds, measures, t_interval
+from support.config import FREE, parse
+from support.logs import COLUMNS, MEASURES, PANELS, column, draw_seeds, measures, t_interval
+from support.warm_start import start_folder
 from train_ppo import PPOConfig
-from warm_start import start_folder
 
-TRAINER = Path(__file__).with_name("train_ppo.py")
+TRAINER = Path(__file__).parents[1] / "train_ppo.py"
 PAIRED = ("final", "area", "training")
 
 

@@ -1,0 +1,185 @@
+"""A shop: search a catalogue, open what fits, buy it."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import NamedTuple
+
+from envs import (
+    COLUMNS,
+    Call,
+    Effect,
+    World,
+    bounded,
+    choose,
+    tool_schema,
+    write_turn,
+)
+
+KINDS = ("shirt", "coat", "scarf", "hat", "bag", "rug")
+COLOURS = ("red", "blue", "green", "black", "white")
+MATERIALS = ("cotton", "wool", "linen", "silk")
+SIZES = ("S", "M", "L")
+PLACES = ("first", "second", "third")  # of what a search found
+
+
+class Item(NamedTuple):
+    code: str
+    title: str
+    material: str
+    sizes: tuple[str, ...]
+    price: int
+
+
+class Shop(World):
+    """Find, look into and buy what an instruction asks for, in a small web shop in the spirit of
+    WebShop.
+
+    The catalogue is made from the seed: one item fits, two share its title (colour and kind) and
+    mostly fail elsewhere, the rest have other titles. Search knows titles only; material and sizes
+    are seen by opening an item. Any purchase ends the episode. It earns 1 if title, material, size
+    and price all fit (success), else half of the share of the four that do.
+    """
+
+    unit = "turn"
+    skill = 0.55
+    sayings = """A title has a colour and a kind. I cannot see the material before I open an item.
+        Sizes are shown only inside. A cheap item is no use if it does not fit. The price must stay
+        in the budget. I can buy only once. Searching by both words gives the best list. Several
+        items share a title. Opening an item costs a turn. I should not buy blindly. All wishes have
+        to be met. What fails on one point is out. The list is short, so I read it all. If nothing
+        fits, another search is needed."""
+
+    def __init__(self, items: int = 30, turns: int = 8, thoughts: int = 4):
+        super().__init__(limit=turns, thoughts=thoughts)
+        bounded(items=(items, 8, 80), turns=(turns, 3, 40))
+        self.items = items
+        text = {"type": "string"}
+        size = {"type": "string", "enum": list(SIZES)}
+        self.tools = [
+            tool_schema("search", "List items by words of their title.", {"query": text}),
+            tool_schema("open", "See material and sizes of an item.", {"item": text}),
+            tool_schema("buy", "Buy an item and leave.", {"item": text, "size": size}),
+        ]
+        self.system = (
+            f"You shop. A title is a colour and a kind. A search lists at most {len(PLACES)} items "
+            "by code, title and price; opening an item shows its material and sizes. Buy once, in "
+            f"{turns} turns: the reward is 1 if title, material, size and price all are as wanted, "
+            f"else half of the share of these four that are. {self.rules}"
+        )
+
+    def _lay_out(self, seed: int) -> None:
+        rng = random.Random(f"shop {seed}")
+        titles = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
+        self.title = rng.choice(titles)
+        self.material = rng.choice(MATERIALS)
+        self.size = rng.choice(SIZES)
+        self.budget = rng.randrange(30, 80, 10)
+        others = [title for title in titles if title != self.title]
+        same = [self.title] * len(PLACES)
+        names = same + [rng.choice(others) for _ in range(self.items - len(same))]
+        codes = [f"{letter}{digit}" for letter in COLUMNS for digit in range(1, 10)]
+        stock = []
+        for code, title in zip(rng.sample(codes, self.items), names, strict=True):
+            sizes = tuple(size for size in SIZES if rng.random() < 0.6) or (rng.choice(SIZES),)
+            material = rng.choice(MATERIALS)
+            stock.append(Item(code, title, material, sizes, price=rng.randrange(10, 100, 10)))
+        # the first one fits
+        sizes = tuple(size for size in SIZES if size in stock[0].sizes or size == self.size)
+        price = rng.randrange(10, self.budget + 10, 10)
+        stock[0] = stock[0]._replace(material=self.material, sizes=sizes, price=price)
+        self.stock = {item.code: item for item in sorted(stock)}
+        self.results: list[Item] = []  # of the last search
+        self.opened: set[str] = set()
+
+    def demonstrate(self, rng: random.Random, skill: float) -> str:
+        """A turn with true facts about the list, and with probability `skill` the best act: buy
+        what fits, else open what may, else search for the title. The other acts are as sloppy ones
+        as people do: a search by one word, opening any item of the list, buying any with any size.
+        """
+        verdicts = self._verdicts().items()
+        best = [("buy", {"item": code, "size": self.size}) for code, v in verdicts if v == "fits"]
+        best = best or [("open", {"item": code}) for code, v in verdicts if v == "may fit"]
+        best = best or [("search", {"query": self.title})]
+        sloppy = [("search", {"query": rng.choice(self.title.split())})]
+        if self.results:
+            code = rng.choice(self.results).code
+            sloppy += [("open", {"item": code}), ("buy", {"item": code, "size": rng.choice(SIZES)})]
+        thought = self._think(self._facts(rng), rng)
+        return write_turn(thought, *choose(rng, skill, best, sloppy))
+
+    def _facts(self, rng: random.Random) -> list[str]:
+        want = rng.choice(["I want", "I look for"])
+        wish = f"{want} a {self.title} of {self.material}, size {self.size}, up to {self.budget}."
+        if not self.results:
+            return [wish, "The list is empty."]
+        verdicts = zip(PLACES, self._verdicts().items(), strict=False)
+        said = ", ".join(f"{place} {code} {verdict}" for place, (code, verdict) in verdicts)
+        return [wish, f"{rng.choice(['Of these', 'Here'])} {said}."]
+
+    def _verdicts(self) -> dict[str, str]:
+        """What is known of every item of the list, by code: "fits", "may fit" while it is not open,
+        or the first thing that it "fails on"."""
+        verdicts = {}
+        for item in self.results:
+            verdict = "may fit"
+            met = {"title": item.title == self.title, "price": item.price <= self.budget}
+            if item.code in self.opened:
+                verdict = "fits"
+                met["material"] = item.material == self.material
+                met["size"] = self.size in item.sizes
+            failing = [f"fails on {name}" for name, holds in met.items() if not holds]
+            verdicts[item.code] = failing[0] if failing else verdict
+        return verdicts
+
+    def _truths(self) -> dict[str, set[str]]:
+        verdicts = self._verdicts()
+        listed = "|".join(verdicts) or "none"
+        known = {rf"\b{code} (fits|may fit|fails on \w+)": {verdicts[code]} for code in verdicts}
+        return known | {
+            r"(?:want|look for) a (\w+ \w+)": {self.title},
+            r"of (\w+), size": {self.material},
+            r"size (\w)\b": {self.size},
+            r"up to (\d+)": {str(self.budget)},
+            r"The list is (empty)": set() if self.results else {"empty"},
+            # nothing is known of items that are not in the list
+            rf"\b((?!{listed})[a-i][1-9] (?:fits|may fit|fails on \w+))": set(),
+        }
+
+    def _play(self, call: Call) -> Effect:
+        if call.name == "search":
+            return self._search(call.arguments["query"])
+        item = self.stock.get(call.arguments["item"])
+        if item not in self.results:
+            return Effect("The list has no such item.")
+        if call.name == "buy":
+            return self._buy(item, call.arguments["size"])
+        self.opened.add(item.code)
+        return Effect(f"You opened {item.code}.")
+
+    def _search(self, query: str) -> Effect:
+        words = set(re.findall(r"[a-z]+", query.lower()))
+        found = {item: len(words & set(item.title.split())) for item in self.stock.values()}
+        ranked = sorted(found, key=lambda item: (-found[item], item.code))
+        self.results = [item for item in ranked if found[item]][: len(PLACES)]
+        if not self.results:
+            return Effect("No title has any of these words.")
+        return Effect(f"Found {len(self.results)}.")
+
+    def _buy(self, item: Item, size: str) -> Effect:
+        if size not in item.sizes:
+            return Effect(f"{item.code} is not to be had in size {size}.")
+        met = [item.title == self.title, item.price <= self.budget]
+        met += [item.material == self.material, size == self.size]
+        reward = 1.0 if all(met) else sum(met) / 8
+        said = f"You bought {item.code} in size {size}."
+        return Effect(said, reward, finished=True, success=all(met))
+
+    def _show(self) -> list[str]:
+        lines = []
+        for place, item in zip(PLACES, self.results, strict=False):
+            inside = f" {item.material} {' '.join(item.sizes)}" if item.code in self.opened else ""
+            lines.append(f"- {place} {item.code} {item.title} ${item.price}{inside}")
+        wanted = f"{self.title}, {self.material}, size {self.size}, at most ${self.budget}"
+        return [*lines, f"Wanted: {wanted}. Turns left {self.turns_left}"]
