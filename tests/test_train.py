@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train_grpo
-from actfocus import actfocus_weights, clipped_loss, group_advantages
+from actfocus import clipped_loss, group_advantages
 from arms import ARMS
 from energy import token_stats
 from fused_loss import policy_loss
@@ -81,6 +81,8 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
         "evaluations.csv",
         "curves.png",
         "samples.txt",
+        "episodes",
+        "episodes.html",
         "grpo",
         "actfocus",
     }
@@ -145,10 +147,10 @@ def test_gradient_agreement_is_the_cosine_of_successive_gradients(built_in, play
     class Rng:  # every rollout once in the first half, once in the second
         sample = staticmethod(lambda population, k: list(population))
 
-    row = update(built_in, optimizer, twice, advantages, weights, None, config, Rng, Guard())
+    row = update(built_in, optimizer, twice, advantages, weights, None, config, Rng, Guard("grpo"))
     assert row["gradient_agreement"] == pytest.approx(1.0, abs=1e-4)
     whole = Config(minibatch=24, entropy_coef=0.0)
-    row = update(built_in, optimizer, twice, advantages, weights, None, whole, Rng, Guard())
+    row = update(built_in, optimizer, twice, advantages, weights, None, whole, Rng, Guard("grpo"))
     assert "gradient_agreement" not in row
 
 
@@ -217,7 +219,8 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         "train_actfocus.py",
         start,
         tmp_path / "a",
-        "--no-baseline",
+        "--arms",
+        "actfocus",
         "--alpha",
         "1",
         "--beta",
@@ -385,13 +388,6 @@ def test_micro_batches_hold_every_row_once_within_the_limit(played):
     )
 
 
-def weights_of(rollouts, frozen, focus):
-    """Stage 6 of the loop."""
-    reasoning, action = (rollouts.labels == each for each in (Segment.REASONING, Segment.ACTION))
-    response = rollouts.response
-    return actfocus_weights(frozen.energy, reasoning, action, response, focus.alpha, focus.beta)
-
-
 def gradients(policy, rollouts, focus, **options):
     """Gradient and logged row of one mini-batch step over everything, without changing the
     policy."""
@@ -410,11 +406,11 @@ def gradients(policy, rollouts, focus, **options):
         optimizer,
         rollouts,
         advantages,
-        weights_of(rollouts, frozen, focus),
-        frozen.logprob if config.kl_coef else None,
+        focus.weights(rollouts, frozen, seed=0),
+        frozen,
         config,
         random.Random(0),
-        Guard(),
+        Guard("grpo"),
     )
     return caught, row
 
@@ -501,7 +497,7 @@ def test_the_kl_penalty_pulls_towards_the_reference(built_in, played):
         shifted,
         config,
         random.Random(0),
-        Guard(),
+        Guard("grpo"),
     )
     hidden, targets = scored_hidden(built_in, played, torch.arange(12), played.response)
     logprob = token_stats(hidden, built_in.head, targets).logprob
@@ -528,7 +524,7 @@ def test_a_step_with_a_bad_gradient_is_skipped(built_in, played):
         None,
         Config(minibatch=6),
         random.Random(0),
-        Guard(),
+        Guard("grpo"),
     )
     assert all(torch.equal(a, b) for a, b in zip(before, built_in.model.parameters(), strict=True))
 
@@ -537,15 +533,16 @@ def test_arms_differ_in_their_weights_only(start, tmp_path, monkeypatch):
     """The real loop: what reaches the update is the same, but for the weights."""
     given = {}
 
-    def spy(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, guard):
-        given[len(given)] = rollouts, advantages, weights, ref_logprob
+    def spy(policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard):
+        given[len(given)] = rollouts, advantages, weights, frozen
         return dict.fromkeys(("loss", "entropy", "kl", "clip_fraction", "grad_norm"), 0.0)
 
     monkeypatch.setattr(train_grpo, "update", spy)
     flags = ["--model", str(start), "--out", str(tmp_path), *SMALL.split(), "--iterations", "1"]
     config = parse(ActFocusConfig, "", flags)
     run(config, {"grpo": GRPO, "actfocus": replace(FOCUS, alpha=0.2, beta=1.0)})
-    (plain, advantages, uniform, none), (rollouts, same, weights, _) = given.values()
+    (plain, advantages, uniform, none), (rollouts, same, weights, frozen) = given.values()
+    assert (frozen.energy[rollouts.action] != 0).all()
     assert torch.equal(plain.ids, rollouts.ids) and torch.equal(advantages, same) and none is None
     assert torch.equal(uniform, plain.response.float())
     labels = rollouts.labels
@@ -589,14 +586,17 @@ def test_the_fused_loss_trains_as_the_plain_one(start, tmp_path, monkeypatch):
 def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path, monkeypatch):
     seen = []
 
-    def spy(policy, config, name, arm, out, checkpoints, critic):
+    def spy(policy, optimizer, *_):
         seen.append([p.detach().clone() for p in policy.model.parameters()])
         with torch.no_grad():
             for p in policy.model.parameters():
                 p.add_(1.0)
 
-    monkeypatch.setattr(train_grpo, "train", spy)
-    config = Config(model=str(start), out=str(tmp_path))
+        return dict.fromkeys(("loss", "entropy", "kl", "clip_fraction", "grad_norm"), 0.0)
+
+    monkeypatch.setattr(train_grpo, "update", spy)
+    flags = ["--model", str(start), "--out", str(tmp_path), *SMALL.split(), "--iterations", "1"]
+    config = parse(ActFocusConfig, "", flags)
     run(config, {"grpo": GRPO, "actfocus": FOCUS})
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
