@@ -34,19 +34,24 @@ from rollout import Rollouts, repeated, rollout, score_all, scored_hidden, start
 from segment import Segment
 from support import logs, memory
 from support.checkpoint import Checkpoints, sync
-from support.config import FREE, Config, parse
+from support.config import MAY_CHANGE_ON_RESUME, Config, parse
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
 
-@memory.told
 def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = None) -> None:
     """Train each arm from the same weights on the same prompts, and draw them together.
     make_critic(policy, config): for arms with one (train_ppo.py)."""
+    with memory.explain_out_of_memory(config.device):
+        train_all(config, arms, make_critic)
+
+
+def train_all(config: Config, arms: dict[str, Arm], make_critic: Callable | None) -> None:
+    """What `run` says."""
     config.resolve()
     try:  # 1. load the policy
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
-        memory.announce(folder, config, arms.values())
+        memory.print_estimate(folder, config, arms.values())
         policy = load_policy(folder, config.device, config.bfloat16)
         start_rows(policy, lambda: make_env(config.env), [EVAL_SEEDS], 0, config.max_tokens)
     except (OSError, ValueError) as error:
@@ -66,7 +71,9 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
                 if config.save:
                     policy.save(out / name)
     except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"{out} cannot be written: {error}; {checkpoints.again()}") from None
+        raise SystemExit(
+            f"{out} cannot be written: {error}; {checkpoints.how_to_resume()}"
+        ) from None
     finally:  # also when interrupted: what has been done is drawn and stays
         with contextlib.suppress(OSError):  # a full disk, which has been told of
             logs.draw(out)  # 9. draw
@@ -79,13 +86,13 @@ def open_run(
 ) -> tuple[Checkpoints, list[str]]:
     """The checkpoints of a new run or of one to go on with, and the arms that are still to train.
     A folder that cannot be written is found out here, by a first checkpoint."""
-    origin = asdict(config) | dict.fromkeys(("out", "resume", *FREE))
+    origin = asdict(config) | dict.fromkeys(("out", "resume", *MAY_CHANGE_ON_RESUME))
     origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0  # rounds
     origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
     checkpoints = Checkpoints(out, config.checkpoint_every, origin, logs.appended)
     try:
         if config.resume:
-            return checkpoints, names[names.index(checkpoints.go_on()) :]
+            return checkpoints, names[names.index(checkpoints.load_latest()) :]
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         sync(out / "config.json")
@@ -170,7 +177,9 @@ def train(
         logs.log(out / f"{name}.csv", row)  # 8. log
         success |= {key: f"{row[key]:.2f}" for key in row if key.endswith("success")}
         progress.set_postfix(success)
-        checkpoints.keep(name, iteration + 1, parts, rng, last, guard.sound(policy.model))
+        checkpoints.maybe_save(
+            name, iteration + 1, parts, rng, last=last, healthy=guard.sound(policy.model)
+        )
 
 
 def update(

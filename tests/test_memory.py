@@ -34,12 +34,12 @@ config = ActFocusConfig(
     gradient_checkpointing="recompute" in more,
 )
 said = []
-memory.describe = lambda parts, there: said.append(parts)
+memory.describe = lambda needed, there: said.append(needed)
 page = resource.getpagesize()
 small = load_policy(STARTS / "frozenlake")  # what is imported late is no part of it
 small.hidden(torch.zeros(1, 500, dtype=torch.int64)).sum().backward()
 before = int(open("/proc/self/statm").read().split()[1]) * page
-arms = {"actfocus": config.chosen()["actfocus"]}
+arms = {"actfocus": config.chosen_arms()["actfocus"]}
 train_grpo.run(config, arms)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([peak - before, {moment: sum(by.values()) for moment, by in said[0].items()}]))
@@ -70,7 +70,7 @@ def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
     assert taken == pytest.approx(max(said.values()), rel=0.25)
 
 
-def test_a_model_that_does_not_fit_is_told_of_before_it_is_loaded(start, tmp_path, monkeypatch):
+def test_a_model_that_does_not_fit_is_named_before_it_is_loaded(start, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 1e8)
     monkeypatch.setattr("train_grpo.load_policy", lambda *_: sys.exit("loaded"))
     result = run_script("train_actfocus.py", start, tmp_path / "run")
@@ -79,11 +79,11 @@ def test_a_model_that_does_not_fit_is_told_of_before_it_is_loaded(start, tmp_pat
 
 
 def test_an_estimate_that_fails_ends_no_run(tmp_path, capsys):
-    memory.announce(str(tmp_path / "nothing"), None, [])
+    memory.print_estimate(str(tmp_path / "nothing"), None, [])
     assert "note: the memory that this takes cannot be estimated" in capsys.readouterr().out
 
 
-def test_a_diagnosis_is_told_of_its_own_flags(monkeypatch):
+def test_a_diagnosis_out_of_memory_names_its_own_flags(monkeypatch):
     def hungry(config):
         torch.empty(2**60)
 
