@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -164,6 +165,14 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
     assert len((out / "grpo.csv").read_text().splitlines()) == 2 and (out / "curves.png").exists()
     play("--resume", out)
     assert left_behind(out) == whole
+
+
+def test_the_command_that_resumes_a_run_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my scripts/train_ppo.py"])
+    out = tmp_path / "a run; with $signs"
+    said = checkpoint.Checkpoints(out, 1, {}, logs.appended).how_to_resume()
+    command = said.removeprefix("resume it with: ")
+    assert shlex.split(command) == ["python", "my scripts/train_ppo.py", "--resume", str(out)]
 
 
 def test_a_second_interruption_does_not_wait(tmp_path):

@@ -13,6 +13,7 @@ from test_train import run_script
 from policy import load_policy
 from studies import diagnose
 from support import memory
+from support.config import ActFocusConfig
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {
@@ -78,9 +79,40 @@ def test_a_model_that_does_not_fit_is_named_before_it_is_loaded(start, tmp_path,
     assert result.stderr.endswith("loaded\n")
 
 
+def test_will_it_fit_is_answered_without_loading_the_model(start, monkeypatch, capsys):
+    monkeypatch.setattr("policy.load_policy", lambda *_: sys.exit("loaded"))
+    flags = ["--model", str(start), "--device", "cpu", "--arms", "ppo", "--prompts", "16"]
+    monkeypatch.setattr(memory, "available", lambda device: 3e9)
+    memory.main(flags)
+    assert capsys.readouterr().out.endswith("It will fit: there are 3.0 GB.\n")
+    monkeypatch.setattr(memory, "available", lambda device: 1e8)
+    with pytest.raises(SystemExit, match="It will not fit"):
+        memory.main(flags)
+    assert "There are 0.1 GB: lower --micro-tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the memory of this run cannot be estimated"):
+        memory.main(["--model", "/nowhere", "--device", "cpu"])
+
+
+def test_a_system_that_does_not_tell_its_memory_is_no_error(start, monkeypatch, capsys):
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr("os.sysconf", unknown)
+    assert memory.available("cpu") is None
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    assert memory.available("cpu") is None
+    config = ActFocusConfig(device="cpu")
+    config.resolve()
+    memory.print_estimate(str(start), config, [])
+    said = capsys.readouterr().out
+    assert "memory while playing" in said and "There are" not in said
+
+
 def test_an_estimate_that_fails_ends_no_run(tmp_path, capsys):
-    memory.print_estimate(str(tmp_path / "nothing"), None, [])
-    assert "note: the memory that this takes cannot be estimated" in capsys.readouterr().out
+    config = ActFocusConfig(device="cpu")
+    config.resolve()
+    memory.print_estimate(str(tmp_path / "nothing"), config, [])
+    assert "note: the memory that this run needs cannot be estimated" in capsys.readouterr().out
 
 
 def test_a_diagnosis_out_of_memory_names_its_own_flags(monkeypatch):
