@@ -62,6 +62,7 @@ def larger(start, tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a run took is read from /proc")
 @pytest.mark.parametrize("more", [[], ["recompute"]])
 def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
     command = [sys.executable, "-c", RUN, str(larger), str(tmp_path / "run"), *more]
