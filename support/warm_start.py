@@ -100,7 +100,7 @@ class WarmStart:
         return env
 
 
-# ------------------------------------------------------------- where built-in models are kept
+# ------------------------------------------------------------------- where built-in models are kept
 def start_folder(env: str, **settings) -> Path:
     """The checkpoint folder of a world's built-in model.
 
@@ -316,7 +316,7 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
     model.eval()
 
 
-# ------------------------------------------------------------------------------------ as a script
+# -------------------------------------------------------------------------------------- as a script
 def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: int = 128) -> str:
     """One line on how a policy plays the first episodes of the evaluation."""
     worlds = [settings.make_env() for _ in range(episodes)]
