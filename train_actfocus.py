@@ -14,4 +14,4 @@ from train_grpo import run
 
 if __name__ == "__main__":
     config = parse(ActFocusConfig, "ActFocus and GRPO side by side on a tool-calling environment.")
-    run(config, config.chosen())
+    run(config, config.chosen_arms())

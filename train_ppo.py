@@ -13,27 +13,47 @@ Simplified away: no clipping of the value loss, no early stop, no warm-up of the
 from __future__ import annotations
 
 import copy
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from arms import ARMS
 from policy import Policy
 from rollout import Rollouts, scored_hidden
-from support.config import ActFocusConfig, option, parse
+from support.config import ActFocusConfig, check_range, flag, parse
 from train_grpo import run
 
 
 @dataclass
 class PPOConfig(ActFocusConfig):
-    arms: str = option("ppo,ppo-actfocus", "arms to train in turn, of arms.py")
-    critic_lr: float | None = option(
-        None, "learning rate of the critic; 1e-3 if built in, else 1e-5", 0, 10, kind=float
+    arms: str = flag(
+        "ppo,ppo-actfocus",
+        f"The arms to train, one after the other and separated by commas: {', '.join(ARMS)}.",
     )
-    critic_passes: int = option(2, "passes of the critic over the rollouts of an iteration", 1)
-    gae_lambda: float = option(1.0, "of generalised advantage estimation", 0, 1)
+    critic_lr: float | None = flag(
+        None,
+        "The learning rate of the critic. Without this flag it is 1e-3 for a built-in model and "
+        "1e-5 with --model.",
+    )
+    critic_passes: int = flag(
+        2, "How many times the critic is fitted to the rollouts of an iteration."
+    )
+    gae_lambda: float = flag(
+        1.0,
+        "The lambda of generalised advantage estimation. At 1, an advantage is the return minus "
+        "the critic's value.",
+    )
     with_critic = True
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that cannot run; it names the flag, its value and a fix."""
+        super().validate()
+        check_range(self, 0, 10, "critic_lr")
+        check_range(self, 1, math.inf, "critic_passes")
+        check_range(self, 0, 1, "gae_lambda")
 
     def resolve(self) -> None:
         super().resolve()

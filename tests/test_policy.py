@@ -20,7 +20,7 @@ from policy import describe_tools, encoders, load_policy, use_packed_attention
 from rollout import rollout
 from segment import Segment
 from support.config import Config
-from support.memory import announce
+from support.memory import print_estimate
 from support.warm_start import CHAT_TEMPLATE
 from worlds import make_env
 
@@ -389,7 +389,7 @@ def test_no_code_of_a_checkpoint_is_run(tiny_folder, tmp_path, capfd):
     (folder / "mine.py").write_text("print('CODE RAN')")
     flags = Config(model=str(folder))
     flags.resolve()
-    announce(str(folder), flags, [])
+    print_estimate(str(folder), flags, [])
     with pytest.raises(ValueError):
         load_policy(folder)
     said = "".join(capfd.readouterr())

@@ -134,7 +134,10 @@ def test_flags_of_the_critic_are_checked(capsys):
     assert parse(PPOConfig, "", ["--group-size", "1"]).group_size == 1  # nothing to compare with
     with pytest.raises(SystemExit):
         parse(PPOConfig, "", ["--group-size", "1", "--arms", "ppo,grpo"])
-    assert "--arms grpo compares rollouts, at least 2" in capsys.readouterr().err
+    assert (
+        "the arm grpo compares the rollouts of a prompt and needs at least 2"
+        in capsys.readouterr().err
+    )
     config = PPOConfig()
     config.resolve()
     assert config.critic_lr == 1e-3

@@ -227,4 +227,4 @@ def test_diagnose_writes_the_signal(start, tmp_path, capsys):
 
 def test_too_few_blocks_are_refused():
     with pytest.raises(ValueError, match="--blocks is 3: it must be 0, or at least 4"):
-        DiagnoseConfig(blocks=3).check()
+        DiagnoseConfig(blocks=3).validate()

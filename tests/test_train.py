@@ -10,7 +10,7 @@ import random
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,8 @@ from fused_loss import policy_loss
 from policy import load_policy
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
-from support.config import ActFocusConfig, Config, parse
+from studies.diagnose import DiagnoseConfig
+from support.config import ActFocusConfig, Config, make_parser, parse, read_config
 from support.logs import COLUMNS, column, paired_difference
 from train_grpo import Guard, run, update
 from train_ppo import PPOConfig
@@ -261,14 +262,25 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--alhpa 1", "unrecognized arguments"),
         ("--arms grpo,pong", "there is no arm 'pong'"),
         ("--arms grpo,grpo", "names an arm twice"),
-        ("--arms grpo,ppo", "ppo has a critic, which train_ppo.py trains"),
+        ("--arms grpo,ppo", "ppo has a critic, so train it with train_ppo.py"),
         ("--signal noise", "--signal is noise: choose one of energy"),
-        ("--group-size 1", "--group-size is 1: GRPO compares rollouts of a prompt, at least 2"),
-        ("--eval-episodes 10 --eval-group-size 4", "do not split into groups of"),
-        ("--model x --eval-group-size 64", "--eval-episodes 32 do not split into groups of"),
+        (
+            "--group-size 1",
+            "--group-size is 1: GRPO compares the rollouts of a prompt and needs at",
+        ),
+        (
+            "--eval-episodes 10 --eval-group-size 4",
+            "--eval-episodes is 10: it must be a multiple of",
+        ),
+        ("--model x --eval-group-size 64", "--eval-episodes is 32: it must be a multiple of"),
         ("--preset fast", "--preset is fast: there is only paper"),
         ("--thoughts 31", "--thoughts is 31: it must be at least 0 and at most 30"),
-        ("--thoughts 0 --model x", "--thoughts is of the built-in model"),
+        (
+            "--thoughts 0 --model x",
+            "--thoughts is 0: it shapes the built-in model, so leave it out",
+        ),
+        ("--iter 3", "unrecognized arguments: --iter"),  # no abbreviations
+        ("--no-baseline", "unrecognized arguments: --no-baseline"),
         (f"--seed {10**400}", "it must be at least 0 and at most 1e+09"),
         ("--lr inf", "--lr is inf"),
         ("--lr nan", "--lr is nan"),
@@ -278,6 +290,46 @@ def test_wrong_flags_are_refused_before_anything_runs(flags, said, capsys):
     with pytest.raises(SystemExit):
         parse(ActFocusConfig, "", flags.split())
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config_class", [Config, ActFocusConfig, PPOConfig, DiagnoseConfig])
+def test_every_flag_is_explained_in_whole_sentences_and_checked(config_class):
+    """No flag is forgotten by `validate`: a number far outside any range is refused, and so is one
+    that is not finite."""
+    flags = [action for action in make_parser(config_class, "")._actions if action.dest != "help"]
+    assert [flag.dest for flag in flags] == [each.name for each in fields(config_class)]
+    for flag in flags:
+        sentence = flag.help.partition(" (default: ")[0]
+        assert sentence[0].isupper() and sentence.endswith(".") and " " in sentence, flag.dest
+        assert flag.option_strings == ["--" + flag.dest.replace("_", "-")]
+        if flag.type in (int, float):
+            for value in (-1, math.inf, math.nan):
+                config = replace(config_class(device="cpu"), **{flag.dest: value})
+                with pytest.raises(ValueError, match=f"{flag.option_strings[0]} is {value}"):
+                    config.validate()
+
+
+def test_help_lists_the_columns_of_the_logs(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, "", ["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in COLUMNS)
+
+
+def test_a_preset_gives_way_to_the_flags_beside_it():
+    flags = ["--preset", "paper", "--env", "sokoban", "--lr", "1e-5", "--device", "cpu"]
+    config = parse(ActFocusConfig, "", flags)
+    assert (config.iterations, config.group_size, config.keep_groups) == (200, 16, 0.25)
+    assert config.lr == 1e-5
+    critic = parse(PPOConfig, "", ["--preset", "paper", "--device", "cpu"])
+    assert (critic.critic_lr, critic.keep_groups, critic.lr) == (1e-5, 0.25, 1e-6)
+
+
+def test_settings_of_an_earlier_version_can_be_read(tmp_path):
+    """One that is gone is ignored, one that was not there yet has its default."""
+    path = tmp_path / "config.json"
+    path.write_text('{"env": "shop", "lr": 0.1, "no_baseline": false}')
+    assert read_config(PPOConfig, path) == PPOConfig(env="shop", lr=0.1)
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
