@@ -28,7 +28,7 @@ from tqdm import tqdm
 from actfocus import actfocus_weights, group_advantages, most_varied_groups
 from arms import ARMS, Arm, token_signals
 from energy import TokenStats
-from fused_loss import fused_policy_loss
+from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy, load_policy
 from rollout import Rollouts, repeated, rollout, score_all, scored_hidden, start_rows
 from segment import Segment
@@ -180,6 +180,10 @@ def update(
     """A pass in shuffled mini-batches, a step each. advantages, weights, ref_logprob (KL): (B, T).
     Returns columns of the log: means over tokens; of the gradient, over steps."""
     response, old_logprob = rollouts.response, rollouts.old_logprob
+    settings = LossSettings(
+        temperature=config.temperature, clip_low=config.clip_low, clip_high=config.clip_high,
+        entropy_coef=config.entropy_coef, kl_coef=config.kl_coef,
+    )  # fmt: skip
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
     norms, cosines, previous = [], [], None
     shuffled = torch.tensor(rng.sample(range(len(advantages)), len(advantages)))
@@ -192,12 +196,9 @@ def update(
             advantage = advantages[batch][mask]
             with policy.autocast():
                 loss, logprob, entropy = fused_policy_loss(
-                    hidden, policy.head, targets, old, advantage, weights[batch][mask],
-                    temperature=config.temperature,
-                    clip_low=config.clip_low, clip_high=config.clip_high,
+                    hidden, policy.head, targets, old, advantage, weights[batch][mask], settings,
                     normalizer=normalizer, count=count,
                     ref_logprob=None if ref_logprob is None else ref_logprob[batch][mask],
-                    kl_coef=config.kl_coef, entropy_coef=config.entropy_coef,
                 )  # fmt: skip
             loss.backward()
             ratio = (logprob - old).exp()

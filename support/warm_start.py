@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from energy import token_stats
+from fused_loss import fused_policy_loss
 from policy import Policy, encoders, load_policy
 from rollout import rollout
 from segment import Segment, token_bytes
@@ -245,14 +246,19 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
         padded = [pad_sequence(x, batch_first=True) for x in zip(*batch, strict=True)]
         ids, mask = (x.to(policy.device) for x in padded)  # (B, T) each
         hidden = policy.hidden(ids)[:, :-1][mask[:, 1:]]  # (N, H): what predicts each reply token
+        targets = ids[:, 1:][mask[:, 1:]]  # (N,)
         with policy.autocast():
-            loss = -token_stats(hidden, policy.head, ids[:, 1:][mask[:, 1:]]).logprob.mean()
+            # The gradient of the mean log-prob is the policy gradient of the model's own log-probs
+            # where every token has the advantage 1 and the weight 1.
+            logprob = token_stats(hidden, policy.head, targets).logprob
+            ones = torch.ones_like(logprob)
+            loss = fused_policy_loss(hidden, policy.head, targets, logprob, ones, ones).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        progress.set_postfix(loss=f"{-logprob.mean().item():.3f}", refresh=False)
     model.eval()
 
 
