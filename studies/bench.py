@@ -46,9 +46,9 @@ from arms import ARMS, Arm, token_signals
 from energy import CHUNK_ELEMENTS, matmul
 from envs import Step
 from fused_loss import LossSettings, fused_policy_loss, policy_loss, token_loss
-from policy import Policy, encoders, load_policy
+from policy import Policy, load_policy
 from rollout import Rollouts, rollout
-from segment import Segment, token_bytes
+from segment import Segment
 from support.config import Config
 from support.warm_start import start_folder
 from train_grpo import Guard, score, update
@@ -276,7 +276,7 @@ def shaped_policy(args: argparse.Namespace) -> Policy:
         pad_token_id=tokenizer.pad_token_id, eos_token_id=policy.end_of_turn,
     )  # fmt: skip
     model = transformers.Qwen2ForCausalLM(config).to(args.device)
-    return Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    return Policy(model, tokenizer)
 
 
 def stock(policy: Policy) -> Policy:

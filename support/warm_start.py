@@ -36,9 +36,9 @@ from transformers import PreTrainedTokenizerFast
 
 from energy import token_stats
 from fused_loss import fused_policy_loss
-from policy import Policy, encoders, load_policy
+from policy import Policy, load_policy
 from rollout import rollout
-from segment import Segment, token_bytes
+from segment import Segment
 from worlds import ENVIRONMENTS, make_env
 
 STARTS = Path(__file__).parents[1] / "starts"
@@ -166,7 +166,7 @@ def build(settings: WarmStart, device: str = "cpu") -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = transformers.Qwen2ForCausalLM(config).to(device)
-    policy = Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    policy = Policy(model, tokenizer)
     imitate(policy, env, episodes, settings)
     return policy
 
