@@ -39,9 +39,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from energy import token_stats
-from policy import Policy, encoders, load_policy
+from fused_loss import fused_policy_loss
+from policy import Policy, load_policy
 from rollout import rollout
-from segment import Segment, token_bytes
+from segment import Segment
 from worlds import ENVIRONMENTS, make_env
 
 STARTS = Path(__file__).parents[1] / "starts"
@@ -197,7 +198,7 @@ def build(settings: WarmStart, device: str = "cpu") -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = transformers.Qwen2ForCausalLM(config).to(device)
-    policy = Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    policy = Policy(model, tokenizer)
     imitate(policy, env, episodes, settings)
     return policy
 
@@ -305,14 +306,19 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
         ids = ids.to(policy.device)  # (B, T)
         written = mask.to(policy.device)[:, 1:]  # (B, T - 1): is the next token one to imitate?
         hidden = policy.hidden(ids)[:, :-1][written]  # (N, H): what predicts each of those tokens
+        targets = ids[:, 1:][written]  # (N,)
         with policy.autocast():
-            loss = -token_stats(hidden, policy.head, ids[:, 1:][written]).logprob.mean()
+            # The gradient of the mean log-prob is the policy gradient of the model's own log-probs
+            # where every token has the advantage 1 and the weight 1.
+            logprob = token_stats(hidden, policy.head, targets).logprob
+            ones = torch.ones_like(logprob)
+            loss = fused_policy_loss(hidden, policy.head, targets, logprob, ones, ones).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        progress.set_postfix(loss=f"{-logprob.mean().item():.3f}", refresh=False)
     model.eval()
 
 
