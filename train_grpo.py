@@ -40,9 +40,13 @@ from worlds import make_env
 
 
 @memory.told
-def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = None) -> None:
+def run(
+    config: Config, arms: dict[str, Arm], make_critic: Callable | None = None,
+    show: Callable | None = None,
+) -> None:  # fmt: skip
     """Train each arm from the same weights on the same prompts, and draw them together.
-    make_critic(policy, config): for arms with one (train_ppo.py)."""
+    make_critic(policy, config): for arms with one (train_ppo.py). show(policy, config, arms): what
+    to print of the policy before a new run begins (train_actfocus.py)."""
     config.resolve()
     try:  # 1. load the policy
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
@@ -56,6 +60,8 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
     start = {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
     out = Path(config.out)
     checkpoints, names = open_run(config, list(arms), out, start)
+    if show and not config.resume:
+        show(policy, config, arms)
     print(f"results go to {out}\nThe loss says little, near zero by construction: watch success.")
     try:
         with checkpoints:
