@@ -380,16 +380,26 @@ def copy_of_weights(policy: Policy) -> Weights:
     return {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
 
 
-# ----------------------------------------------------------------------------- a run of several arms
-def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = None) -> None:
+# --------------------------------------------------------------------------- a run of several arms
+def run(
+    config: Config,
+    arms: dict[str, Arm],
+    make_critic: Callable | None = None,
+    show: Callable | None = None,
+) -> None:
     """Train each arm from the same weights on the same prompts, and draw them together.
-    make_critic(policy, config): for arms with a critic (train_ppo.py)."""
+
+    make_critic(policy, config): for arms with a critic (train_ppo.py). show(policy, config, arms):
+    called once before a new run trains (train_actfocus.py).
+    """
     config.resolve()
     with memory.explain_out_of_memory(config.device):
         policy = load(config, arms)  # 1
         start = copy_of_weights(policy)
         checkpoints, to_train = open_run(config, list(arms), start)
         out = Path(config.out)
+        if show is not None and not config.resume:
+            show(policy, config, arms)
         print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
         try:
             with checkpoints:

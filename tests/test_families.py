@@ -181,6 +181,7 @@ def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
     flags = ("--save", "--max-turn-tokens", "100", "--lr", "1e-4")
     result = run_script("train_actfocus.py", family, tmp_path / "run", *flags)
     assert result.returncode == 0, result.stderr
+    assert "class       energy     grpo   actfocus   token\n" in result.stdout
     for arm in ("grpo", "actfocus"):
         rows = read(tmp_path / "run" / f"{arm}.csv")
         assert len(rows) == 3 and float(rows[1]["action_fraction"]) > 0
