@@ -82,7 +82,7 @@ def open_run(
     origin = asdict(config) | dict.fromkeys(("out", "resume", *FREE))
     origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0  # rounds
     origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
-    checkpoints = Checkpoints(out, config.checkpoint_every, origin, logs.appended)
+    checkpoints = Checkpoints(out, config.checkpoint_every, origin, logs.appended_files)
     try:
         if config.resume:
             return checkpoints, names[names.index(checkpoints.go_on()) :]
@@ -157,7 +157,7 @@ def train(
             if arm.change:  # a control
                 weights = arm.change(weights, rollouts, seed=config.seed + 1000 * iteration)
             # 7. mini-batch updates
-            row |= logs.behaviour(rollouts, weights, advantages, policy.end_of_turn)
+            row |= logs.batch_statistics(rollouts, weights, advantages, policy.end_of_turn)
             guard.place = f"{name}, iteration {iteration}"
             row |= update(
                 policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, guard

@@ -46,7 +46,7 @@ from studies.gradient_signal import (
 from studies.gradient_signal import summary as signal_summary
 from support import memory
 from support.config import DEVICE, new_folder, option, parse
-from support.logs import logs, write_rows
+from support.logs import log_files, write_rows
 from support.transcripts import draw_transcripts
 from support.warm_start import start_folder
 from train_grpo import play, score
@@ -101,7 +101,7 @@ class DiagnoseConfig:
         for name in self.shaping() if self.model else ():
             flag = "--warm-start-seed" if name == "seed" else f"--{name}"
             raise ValueError(f"{flag} is of the built-in model: leave it out, or --model")
-        if self.out and logs(Path(self.out)):
+        if self.out and log_files(Path(self.out)):
             raise ValueError(f"--out {self.out} holds a training run: choose another folder")
 
 

@@ -36,7 +36,7 @@ from energy import TokenStats, token_stats
 from policy import Policy
 from rollout import Rollouts, scored_hidden
 from segment import Segment
-from support.logs import t_interval
+from studies.stats import t_interval
 
 PROMPTS_PER_BLOCK = 2
 COORDINATES = 2**20  # of a larger model's gradient, a random choice of this many

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from arms import ARMS, SIGNALS, Arm
-from support.logs import COLUMNS, appended
+from support.logs import COLUMNS, appended_files
 from worlds import ENVIRONMENTS, make_env
 
 
@@ -189,7 +189,7 @@ class Config:
             )
         if self.model and self.thoughts is not None:
             raise ValueError("--thoughts is of the built-in model: leave it out with --model")
-        if self.out and not self.resume and appended(Path(self.out)):
+        if self.out and not self.resume and appended_files(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
 
     def evaluated(self) -> int:
