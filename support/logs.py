@@ -12,6 +12,7 @@ stand in studies/stats.py.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import textwrap
@@ -321,24 +322,14 @@ def spread(heights: list[float], gap: float) -> list[float]:
     >>> [round(height, 2) for height in spread([0.5, 0.9, 0.52], gap=0.1)]
     [0.46, 0.9, 0.56]
     """
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    clusters = []  # each: its members, lowest first, and the height of its middle
-    for index in order:
-        members, middle = [index], heights[index]
-        while clusters:
-            below, middle_below = clusters[-1]
-            if middle - middle_below >= gap * (len(below) + len(members)) / 2:
-                break
-            middle = (middle_below * len(below) + middle * len(members)) / (
-                len(below) + len(members)
-            )
-            members = below + members
-            clusters.pop()
-        clusters.append((members, middle))
+    order = sorted(range(len(heights)), key=heights.__getitem__)  # from the lowest to the highest
     moved = list(heights)
-    for members, middle in clusters:
-        for place, index in enumerate(members):
-            moved[index] = middle + gap * (place - (len(members) - 1) / 2)
+    for _ in range(100):  # neighbours that are too close give way by equal parts
+        for lower, upper in itertools.pairwise(order):
+            overlap = gap - (moved[upper] - moved[lower])
+            if overlap > 0:
+                moved[lower] -= overlap / 2
+                moved[upper] += overlap / 2
     return moved
 
 
