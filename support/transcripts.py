@@ -36,8 +36,8 @@ from segment import Segment
 from support.logs import column, title_of, whole_file
 
 COLORS = matplotlib.colormaps["YlOrRd"]
-SCALE = Normalize(0, 1.6)  # of weights
-DARK = 1.1  # the weight from which on text is white
+SCALE = Normalize(0, 2)  # of weights
+DARK = 1.4  # the weight from which on text is white
 COLUMNS = 128  # characters in a line of a picture
 SHOWN_EPISODES = 4  # of an evaluation, on episodes.html
 
@@ -225,7 +225,7 @@ def overview(out: Path, saved: Saved, number: int) -> str:
         arm = html.escape(ARMS[arm_name].label)
         line = f"<th>{arm}</th><td>{moment(iteration)}</td>{''.join(cells)}<td>{rate}</td>"
         lines.append(f"<tr>{line}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f"{RULE}<table>{''.join(lines)}</table>"
 
 
 def success_rate(log: Path, iteration: int) -> str:
@@ -299,9 +299,9 @@ def piece_as_html(piece: Token | str) -> str:
         f"{piece.kind} token\n"
         f"weight in the loss {piece.weight:.2f}\n"
         f"energy {piece.energy:.2f}\n"
-        f"entropy {piece.entropy:.2f} nats\n"
-        f"log-probability {piece.logprob:.2f} (frozen model: {piece.frozen_logprob:.2f})"
-    )
+        f"entropy {piece.entropy:z.2f} nats\n"
+        f"log-probability {piece.logprob:z.2f} (frozen model: {piece.frozen_logprob:z.2f})"
+    )  # z: no minus before a zero
     ink = "#fff" if piece.weight > DARK else "#000"
     style = f"background:{color_of(piece.weight)};color:{ink}"
     text = html.escape(piece.text).replace("\n", "<i>⏎</i>\n")
@@ -328,6 +328,10 @@ def page_of(title: str, body: str) -> str:
     return re.sub("TITLE|STOPS|BODY", lambda name: values[name[0]], PAGE)  # in one pass
 
 
+RULE = """<p>The episodes are the first rollout of each of the first evaluation prompts, however
+they ended. Before training all arms are the same model and play alike; only the weights differ.
+</p>"""
+
 # A browser that keeps to this policy runs no script and loads nothing, whatever the page holds.
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
@@ -345,7 +349,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 96rem; margin: 2rem auto
 h1 { font-size: 1.35rem; margin-bottom: .4rem } h3 { font-size: .95rem; margin: .8rem 0 0 }
 h2 { font-size: 1.15rem; margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: .8rem }
 p { margin: .4rem 0; max-width: 62rem } a { color: inherit }
-table { border-collapse: collapse; margin: 1.2rem 0 }
+table { border-collapse: collapse; margin: 1.2rem 0; display: block; overflow-x: auto }
 th, td { padding: .15rem .9rem .15rem 0; text-align: left; font-weight: normal }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2rem }
 .pair > div { min-width: 0 }
@@ -371,7 +375,7 @@ b:hover::after { content: attr(data-tip); position: absolute; left: 0; top: 1.9e
 </style>
 <h1>TITLE</h1>
 <p>Each box is a token that the model wrote. Its colour is its weight in the loss, from
-0 <span class="scale"></span> 1.6: the darker a token is, the more it counts when the policy is
+0 <span class="scale"></span> 2: the darker a token is, the more it counts when the policy is
 updated. Point at a token for its numbers.</p>
 <p>The line below a token names its class: <b class="REASONING">reasoning</b>,
 <b class="ACTION">action</b> (the tool call), or <b class="FORMAT">format</b> (tags, white space,
