@@ -236,7 +236,7 @@ def main() -> None:
         this group and the update of ActFocus. The one to watch is train_success.
         """)  # fmt: skip
     row = logs.outcomes(rollouts, "train") | log["ActFocus"]
-    row |= logs.behaviour(rollouts, weights["ActFocus"], A, policy.end_of_turn)
+    row |= logs.batch_statistics(rollouts, weights["ActFocus"], A, policy.end_of_turn)
     for name, value in row.items():
         text = f"{name:23}{value:9.3f}  {logs.COLUMNS[name]}"
         print(textwrap.fill(text, WIDTH, subsequent_indent=" " * 34))

@@ -30,8 +30,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from arms import ARMS
+from studies.stats import MEASURES, draw_seeds, measures, t_interval
 from support.config import MAY_CHANGE_ON_RESUME, parse, read_config
-from support.logs import COLUMNS, MEASURES, PANELS, column, draw_seeds, measures, t_interval
+from support.logs import COLUMNS, PANELS, column
 from support.warm_start import start_folder
 from train_ppo import PPOConfig
 

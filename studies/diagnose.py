@@ -47,7 +47,7 @@ from studies.gradient_signal import (
 from studies.gradient_signal import summary as signal_summary
 from support import memory
 from support.config import DEVICE, check_device, check_range, flag, new_folder, parse
-from support.logs import logs, write_rows
+from support.logs import log_files, write_rows
 from support.transcripts import draw_transcripts
 from support.warm_start import start_folder
 from train_grpo import play, score
@@ -137,7 +137,7 @@ class DiagnoseConfig:
         for name in self.shaping() if self.model else ():
             given = "--warm-start-seed" if name == "seed" else f"--{name}"
             raise ValueError(f"{given} shapes the built-in model: leave it out, or --model")
-        if self.out and logs(Path(self.out)):
+        if self.out and log_files(Path(self.out)):
             raise ValueError(f"--out {self.out} holds a training run: choose another folder")
 
 

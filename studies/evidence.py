@@ -17,8 +17,9 @@ from matplotlib.lines import Line2D
 from arms import ARMS
 from studies.diagnose import spearman_test
 from studies.gradient_signal import WEIGHTINGS
+from studies.stats import T_975, measures, t_interval
 from support.config import ActFocusConfig
-from support.logs import T_975, column, measures, t_interval
+from support.logs import column
 
 # comparisons of ten iterations from a committed start
 COMPARED = (

@@ -37,7 +37,7 @@ from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy
 from rollout import Rollouts, scored_hidden
 from segment import Segment
-from support.logs import t_interval
+from studies.stats import t_interval
 
 PROMPTS_PER_BLOCK = 2
 COORDINATES = 2**20  # of a larger model's gradient, a random choice of this many

@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from support.logs import column, logs
+from support.logs import column, log_files
 
 HEADS = (
     "run",
@@ -43,7 +43,7 @@ def main(folders: list[str]) -> None:
     print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
     for folder in [RESULTS / name for name in folders] or [RESULTS]:
         for config in sorted(folder.rglob("config.json")):
-            for path in logs(config.parent):
+            for path in log_files(config.parent):
                 if config.parent.suffix != ".partial":  # compare.py is at it
                     print(row(path))
 

@@ -23,7 +23,7 @@ from typing import get_args, get_type_hints
 import torch
 
 from arms import ARMS, SIGNALS, Arm
-from support.logs import COLUMNS, appended
+from support.logs import COLUMNS, appended_files
 from worlds import ENVIRONMENTS, make_env
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -326,7 +326,7 @@ class Config:
                 f"--thoughts is {self.thoughts}: it shapes the built-in model, so leave it out "
                 "with --model"
             )
-        if self.out and not self.resume and appended(Path(self.out)):
+        if self.out and not self.resume and appended_files(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
 
     def evaluation_episodes(self) -> int:

@@ -1,92 +1,100 @@
-"""What a run leaves behind: CSV logs, pictures, a table.
+"""What one run leaves behind: CSV logs, a picture of its curves, a summary, sample transcripts.
 
-A log is one CSV per arm, a row an iteration; everything that is drawn is drawn from the CSVs, so
-that an interrupted run keeps all that it did.
+    log(out / "grpo.csv", {"iteration": 0, "eval_success": 0.25})    # append a row
+    draw(out)                                                        # curves.png, from the CSVs
+    print(summary(out))                                              # a table, from the CSVs
+
+There is one CSV an arm with one row an iteration. Everything that is drawn or summarised is read
+from the CSVs, so a run that is interrupted keeps whatever it has done. Statistics over several runs
+stand in studies/stats.py.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
+import json
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 from tqdm import tqdm
 
-from arms import ARMS, Arm
+from arms import ARMS
 from policy import Policy
 from rollout import Rollouts
 from segment import Segment
 
-COLUMNS = {  # of a log; row k: of the policy after k iterations and what it plays then
-    "iteration": "iterations before this row",
-    "eval_success": "of the fixed evaluation episodes (at --eval-temperature)",
-    "eval_reward": "their mean return",
+# The columns of a log. Row k describes the policy after k iterations, and what it plays then.
+COLUMNS = {
+    "iteration": "how many iterations came before this row",
+    "eval_success": "success rate of the fixed evaluation episodes (at --eval-temperature)",
+    "eval_reward": "mean reward of an evaluation episode, summed over its turns",
     "eval_stderr": "standard error of eval_success, over prompts",
-    "eval_finished": "share that the game itself ended (goal, hole, last mistake, any purchase)",
-    "train_success": "of all rollouts that the iteration played (at --temperature)",
-    "train_reward": "their mean return",
-    "train_finished": "share that the game itself ended, not the limit of turns",
-    "equal_groups": "share of groups whose rewards are all alike: they teach nothing",
-    "loss": "mean over tokens, with entropy bonus and KL; near zero by construction",
-    "entropy": "nats per generated token",
-    "kl": "from the policy that played to the one being updated, k3 estimate, per token",
-    "kl_reference": "from the policy that played to the reference, k1 (with --kl-coef only)",
-    "clip_fraction": "share of generated tokens whose ratio is clipped",
-    "grad_norm": "gradient norm before clipping, mean over the updates",
-    "skipped_updates": "left out, since their gradient was not finite",
-    "gradient_agreement": "mean cosine of the gradients of successive mini-batches (empty for "
+    "eval_finished": "share of evaluation episodes that the game itself ended (goal reached, hole, "
+    "last mistake, any purchase), and not the limit of turns",
+    "train_success": "success rate of all rollouts that the iteration played (at --temperature)",
+    "train_reward": "their mean reward, summed over turns",
+    "train_finished": "share of them that the game itself ended, and not the limit of turns",
+    "equal_groups": "share of groups whose rewards are all equal: such a group teaches nothing",
+    "loss": "mean over tokens, with entropy bonus and KL; it is near zero by construction",
+    "entropy": "mean entropy of the policy at a generated token, in nats",
+    "kl": "KL from the policy that played to the one being updated, per token (k3 estimate)",
+    "kl_reference": "KL from the policy that played to the frozen reference, per token (k1 "
+    "estimate; only with --kl-coef)",
+    "clip_fraction": "share of generated tokens whose probability ratio is clipped",
+    "grad_norm": "norm of the gradient before clipping, mean over the updates",
+    "skipped_updates": "updates that were left out because their gradient was not finite",
+    "gradient_agreement": "mean cosine between the gradients of successive mini-batches (empty for "
     "models of over 200M parameters)",
-    "advantage_mean": "over generated tokens",
-    "advantage_std": "over generated tokens",
-    "value_loss": "of PPO's critic before it is fitted to these rollouts",
-    "explained_variance": "share of the variance of returns that the critic foresaw",
-    "turns": "assistant turns per episode (from here on, of the groups that --keep-groups keeps)",
-    "cut_turns": "share of turns not ended by the end-of-turn token: mostly at a limit",
+    "advantage_mean": "mean advantage of a generated token",
+    "advantage_std": "standard deviation of the advantage over generated tokens",
+    "value_loss": "squared error of PPO's critic before it is fitted to these rollouts",
+    "explained_variance": "share of the variance of returns that PPO's critic predicted",
+    "turns": "assistant turns per episode (this and all below: of the groups that --keep-groups "
+    "keeps)",
+    "cut_turns": "share of turns without an end-of-turn token: most of them met a limit of length",
     "response_tokens": "generated tokens per episode",
     "action_fraction": "share of ACTION tokens among the generated ones",
-    "reasoning_accuracy": "share of true ones among the facts that the reasoning states",
+    "reasoning_accuracy": "share of the facts stated in the reasoning that are true",
     "turns_without_facts": "share of turns whose reasoning states no fact that could be checked",
     "mean_weight": "mean weight of a generated token: a reasoning token's share of the update "
-    "changes by alpha / this",
+    "changes by alpha / mean_weight",
     "reasoning_weight_share": "share of the total weight that lies on reasoning tokens",
-    "seconds": "of the iteration without evaluation",
-    "seconds_play": "of playing alone",
+    "seconds": "duration of the iteration without its evaluation",
+    "seconds_play": "duration of playing alone",
 }
-PANELS = {  # column: title, label of the y axis
+PANELS = {  # of curves.png; column: title, label of the y axis
     "eval_success": ("Evaluation on fixed episodes", "success rate"),
     "train_success": ("Success of training rollouts", "success rate"),
-    "train_reward": ("Reward of training rollouts", "mean reward"),
+    "train_reward": ("Reward of training rollouts", "mean per episode"),
+    "entropy": ("Entropy of the policy", "nats per token"),
+    "reasoning_weight_share": ("Weight on reasoning tokens", "share of all weight"),
     "reasoning_accuracy": ("Facts stated in reasoning", "share that is true"),
     "turns_without_facts": ("Turns that state no fact", "share of turns"),
-    "entropy": ("Entropy", "nats per generated token"),
-    "reasoning_weight_share": ("Weight on reasoning tokens", "share of total weight"),
-    "gradient_agreement": ("Gradients of successive mini-batches", "mean cosine"),
+    "gradient_agreement": ("Agreement of mini-batches", "cosine of gradients"),
 }
-T_975 = (  # 97.5 % quantiles of Student's t, by degrees of freedom from 1
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-MEASURES = {  # of a run: what several seeds are compared by
-    "final": "points of evaluation success after the run",
-    "peak": "the highest mean of three evaluations in a row, in points",
-    "fall": "from that peak to the last three, in points",
-    "area": "mean evaluation success, by the area under its curve, in points",
-    "training": "mean success of all training rollouts, in points",
-    "reach": "iterations until an evaluation reaches a threshold; inf: never",
-}
+LARGE_PANELS = ("eval_success", "train_success")  # what a newcomer looks at first
+SMALL_PANELS = tuple(name for name in PANELS if name not in LARGE_PANELS)
+SHARES = (*LARGE_PANELS, "reasoning_weight_share", "reasoning_accuracy", "turns_without_facts")
+LINES = 4  # the most that a panel may have
+MANY = 40  # values from which on a line is smoothed
+SMOOTHED = 9  # iterations that a running mean is taken over
 LARGE = 200_000_000  # parameters: a copy of the gradient of a larger model may not fit
 
 
-# --------------------------------------------------------------------------------------------- logs
+# ------------------------------------------------------------------------------- files of a run
 def log(path: Path, row: dict[str, float]) -> None:
-    """Append a row to a CSV with a column for each of COLUMNS; one without a value stays empty."""
+    """Append a row to a CSV with a column for each of COLUMNS; one without a value stays empty.
+    Raises ValueError for a key that is no column."""
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(COLUMNS))
@@ -96,7 +104,7 @@ def log(path: Path, row: dict[str, float]) -> None:
 
 
 def rounded(row: dict) -> dict:
-    """Floats as they stand in a CSV.
+    """The row with its floats as they stand in a CSV: text of six significant digits.
 
     >>> rounded({"iteration": 3, "loss": 1 / 3})
     {'iteration': 3, 'loss': '0.333333'}
@@ -106,50 +114,14 @@ def rounded(row: dict) -> dict:
     }
 
 
-def logs(out: Path) -> list[Path]:
-    """The logs of a run, one an arm."""
-    return [path for path in (out / f"{name}.csv" for name in ARMS) if path.exists()]
-
-
-def appended(out: Path) -> list[Path]:
-    """All files that a run appends to, as far as they are there."""
-    others = (out / name for name in ("prompts.csv", "evaluations.csv", "samples.txt"))
-    return logs(out) + [path for path in others if path.exists()]
-
-
-def column(path: Path, name: str) -> tuple[list[int], list[float]]:
-    """The iterations at which a column of a log has a value, and the values."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(name)]
-    return [int(row["iteration"]) for row in rows], [float(row[name]) for row in rows]
-
-
-def draw(out: Path) -> None:
-    """curves.png: every arm that the folder has a log of, if any, one panel a quantity."""
-    if not logs(out):
-        return
-    figure = Figure(figsize=(16, 7), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
-        title, label = PANELS[name]
-        for path in logs(out):
-            arm = ARMS[path.stem]
-            points = column(path, name)
-            style = "o-" if name == "eval_success" or len(points[0]) == 1 else "-"
-            axes.plot(*points, style, color=arm.color, label=arm.label)
-        low, high = axes.dataLim.intervaly
-        axes.set(title=title, xlabel="training iterations", ylabel=label)
-        axes.set(ylim=(1.1 * min(0, low), 1.1 * max(0, high) or 1))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2)
-    figure.savefig(out / "curves.png", dpi=120)
-
-
 def log_prompts(
     path: Path, arm: str, iteration: int, prompts: Sequence[int], rollouts: Rollouts
 ) -> None:
-    """Append to a CSV how each group of an iteration ended: what pairs the arms of a run."""
+    """Append to a CSV the success rate of each group of an iteration. Arms play the same prompts,
+    so these rows pair the arms of a run.
+
+    prompts: the P seeds of the prompts; rollouts: P groups of equal size, in the same order.
+    """
     new = not path.exists()
     groups = rollouts.success.float().view(len(prompts), -1)  # (P, G)
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -160,11 +132,263 @@ def log_prompts(
             writer.writerow((arm, iteration, prompt, f"{success:.6g}"))
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a CSV of rows that all have the same keys."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(map(rounded, rows))
+
+
+def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) -> None:
+    """Append the first two transcripts to a text file, whole and with control tokens."""
+    with path.open("a", encoding="utf-8") as file:
+        for row in range(min(2, len(rollouts.ids))):
+            text = policy.tokenizer.decode(rollouts.ids[row, : rollouts.lengths[row]].tolist())
+            ending = "success" if rollouts.success[row] else "failure"
+            file.write(f"===== {title}: {ending}\n{text}\n\n")
+
+
+def log_files(out: Path) -> list[Path]:
+    """The logs in the folder of a run, one an arm, in the order of ARMS."""
+    return [path for path in (out / f"{name}.csv" for name in ARMS) if path.exists()]
+
+
+def appended_files(out: Path) -> list[Path]:
+    """The files in the folder of a run that grow by appending. A resumed run cuts them back to the
+    length that they had when it was saved; any other file is written whole each time."""
+    others = (out / name for name in ("prompts.csv", "evaluations.csv", "samples.txt"))
+    return log_files(out) + [path for path in others if path.exists()]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; once that is done, it takes the name. Whoever opens `path`
+    finds the old content or the new one, also if the process dies on the way.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "page.html"
+    >>> with whole_file(path) as aside:
+    ...     _ = aside.write_text("a page")
+    ...     path.exists()
+    False
+    >>> path.read_text(), aside.exists()
+    ('a page', False)
+    """
+    aside = path.with_stem(f"{path.stem}.unfinished")  # the ending says which format it has
+    yield aside
+    aside.replace(path)
+
+
+def column(path: Path, name: str) -> tuple[list[int], list[float]]:
+    """The iterations at which a column of a log has a value, and these values."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(name)]
+    return [int(row["iteration"]) for row in rows], [float(row[name]) for row in rows]
+
+
+# ---------------------------------------------------------------------------------- curves.png
+def draw(out: Path) -> None:
+    """Draw curves.png from the logs in a folder, if there are any: two large panels on success and
+    six small ones below. A run calls it after each evaluation, so that it can be watched; the
+    picture in the folder is whole at any moment.
+
+    A panel has at most four lines. A run of more arms gets further rows of panels, each with the
+    first arm once more, to compare with.
+    """
+    paths = log_files(out)
+    if not paths:
+        return
+    first, others = paths[0], paths[1:]
+    step = LINES - 1
+    blocks = [[first, *others[i : i + step]] for i in range(0, max(1, len(others)), step)]
+    figure = Figure(figsize=(13, 8.2 * len(blocks)))
+    subfigures = figure.subfigures(len(blocks), 1, squeeze=False).flat
+    for subfigure, some in zip(subfigures, blocks, strict=True):
+        subfigure.suptitle(title_of(out), x=0.06, y=0.985, ha="left", va="top", weight="bold")
+        draw_block(subfigure, some)
+    with whole_file(out / "curves.png") as aside:
+        figure.savefig(aside, dpi=100)
+
+
+def title_of(out: Path) -> str:
+    """What was run, in one line, from the settings in its folder; empty if they are not there."""
+    try:
+        settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        model = Path(settings["model"]).name if settings["model"] else "built-in model"
+        rollouts = settings["prompts"] * settings["group_size"]
+        return f"{settings['env']}, {model}, {rollouts} rollouts an iteration"
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def draw_block(figure: SubFigure, paths: list[Path]) -> None:
+    """Draw every panel for some of the arms. The large panels name their lines; the small ones use
+    the same colours."""
+    above = figure.add_gridspec(1, 2, left=0.06, right=0.89, top=0.89, bottom=0.53, wspace=0.4)
+    below = figure.add_gridspec(
+        2, 3, left=0.06, right=0.98, top=0.43, bottom=0.07, wspace=0.28, hspace=0.5
+    )
+    for name, place in zip(LARGE_PANELS, above, strict=True):
+        axes = figure.add_subplot(place)
+        draw_panel(axes, name, paths, linewidth=2.2)
+        axes.set_title(PANELS[name][0], loc="left", fontsize=12)
+        axes.set_xlabel("training iterations")
+        label_lines(axes, paths, name)
+    for name, place in zip(SMALL_PANELS, below, strict=True):
+        axes = figure.add_subplot(place)
+        draw_panel(axes, name, paths, linewidth=1.5)
+        axes.set_title(PANELS[name][0], loc="left", fontsize=10)
+        axes.yaxis.label.set_fontsize(9)
+        axes.tick_params(labelsize=8)
+        if place.is_last_row():
+            axes.set_xlabel("training iterations", fontsize=9)
+
+
+def draw_panel(axes: Axes, name: str, paths: list[Path], linewidth: float) -> None:
+    """Draw a column of some logs, one line an arm. Where a log has many values their running mean
+    is drawn over them, since they jump from one set of prompts to the next."""
+    note = ""
+    for path in paths:
+        color = ARMS[path.stem].color
+        iterations, values = column(path, name)
+        if name == "eval_success":
+            note = "shaded: ± one standard error"
+            shade_error(axes, path)
+        elif len(values) > MANY:
+            note = f"thick: mean of {SMOOTHED} iterations"
+            axes.plot(iterations, values, color=color, linewidth=0.7, alpha=0.4)
+            half = SMOOTHED // 2
+            iterations = iterations[half:-half]
+            values = np.convolve(values, np.full(SMOOTHED, 1 / SMOOTHED), "valid")
+        marker = "o" if name == "eval_success" or len(values) == 1 else None
+        axes.plot(iterations, values, color=color, linewidth=linewidth, marker=marker)
+    if name in LARGE_PANELS:
+        axes.set_title(note, loc="right", fontsize=9, color="gray")
+    scale(axes, name)
+    axes.set_ylabel(PANELS[name][1])
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def scale(axes: Axes, name: str) -> None:
+    """Scale the y axis: shares from 0 to 100 %, success rates from 0 to what they reach, any other
+    quantity from 0, or from its lowest value if that is negative."""
+    low, high = axes.dataLim.intervaly
+    if not low <= high:  # there is no value yet
+        low, high = 0.0, 1.0
+    if name in SHARES:
+        top = 1.04
+        if name in LARGE_PANELS:
+            top = min(top, max(0.1, 1.1 * high))
+        axes.set_ylim(0, top)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    else:
+        axes.set_ylim(1.08 * min(0.0, low), 1.08 * max(0.0, high) or 1.0)
+
+
+def shade_error(axes: Axes, path: Path) -> None:
+    """Shade one standard error around the evaluations of a log, as far as it lies in [0, 1]."""
+    iterations, success = column(path, "eval_success")
+    error = column(path, "eval_stderr")[1]
+    if len(error) < len(success):  # a log of before this column
+        return
+    low = np.subtract(success, error).clip(0, 1)
+    high = np.add(success, error).clip(0, 1)
+    axes.fill_between(iterations, low, high, color=ARMS[path.stem].color, alpha=0.13, linewidth=0)
+
+
+def label_lines(axes: Axes, paths: list[Path], name: str) -> None:
+    """Write the name of each arm to the right of its line, and no two names over each other."""
+    drawn = [path for path in paths if column(path, name)[1]]
+    lines = [line for line in axes.lines if line.get_linewidth() > 1]  # not the faint ones
+    ends = [line.get_ydata()[-1] for line in lines if len(line.get_ydata())]
+    names = [textwrap.fill(ARMS[path.stem].label, 15) for path in drawn]
+    tallest = max((text.count("\n") + 1 for text in names), default=1)
+    heights = spread(ends, gap=0.058 * tallest * axes.get_ylim()[1])
+    right = axes.get_xlim()[1]
+    for path, text, height in zip(drawn, names, heights, strict=True):
+        axes.annotate(
+            text, (right, height), xytext=(4, 0), textcoords="offset points",
+            color=ARMS[path.stem].color, weight="bold", va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """The heights, moved as little as it takes to have them at least `gap` apart, in their order.
+
+    >>> [round(height, 2) for height in spread([0.5, 0.9, 0.52], gap=0.1)]
+    [0.46, 0.9, 0.56]
+    """
+    order = sorted(range(len(heights)), key=heights.__getitem__)  # from the lowest to the highest
+    moved = list(heights)
+    for _ in range(100):  # neighbours that are too close give way by equal parts
+        for lower, upper in itertools.pairwise(order):
+            overlap = gap - (moved[upper] - moved[lower])
+            if overlap > 0:
+                moved[lower] -= overlap / 2
+                moved[upper] += overlap / 2
+    return moved
+
+
+# ------------------------------------------------------------------------------------- summary
+def summary(out: Path) -> str:
+    """What a run has come to, as text for the terminal: a table with a line for each arm, then each
+    arm against the first one, prompt by prompt, and where the pictures are."""
+    paths = [path for path in log_files(out) if column(path, "eval_success")[1]]
+    lines = [
+        "                success rate of evaluation episodes            of training  seconds per",
+        "arm             before    best   after  ± std. error  change      rollouts    iteration",
+    ]
+    lines += [summary_line(path) for path in paths]
+    lines.append("before, after: before and after training; of training rollouts: the mean of all")
+    trained = [path for path in paths if column(path, "train_success")[1]]
+    for path in trained[1:]:
+        lines += compared(out, path, trained[0])
+    pages = {"curves.png": "the curves", "episodes.html": "episodes before and after training"}
+    for name, content in pages.items():
+        if (out / name).exists():
+            lines.append(f"{content}: {out / name}")
+    return "\n".join(lines)
+
+
+def summary_line(path: Path) -> str:
+    """The line of one arm in the summary's table."""
+    success = column(path, "eval_success")[1]
+    error = column(path, "eval_stderr")[1]
+    training = column(path, "train_success")[1]
+    seconds = column(path, "seconds")[1]
+    line = f"{path.stem:14}{success[0]:>8.1%}{max(success):>8.1%}{success[-1]:>8.1%}"
+    line += f"{error[-1]:>14.1%}{success[-1] - success[0]:>+8.1%}"
+    if training:
+        line += f"{np.mean(training):>14.1%}{np.mean(seconds):>13.1f}"
+    return line
+
+
+def compared(out: Path, path: Path, baseline: Path) -> list[str]:
+    """Lines that compare an arm with another, over the prompts that both have played."""
+    last = min(column(log, "eval_success")[0][-1] for log in (path, baseline))
+    training = paired_difference(out / "prompts.csv", path.stem, baseline.stem)
+    evaluation = paired_difference(out / "evaluations.csv", path.stem, baseline.stem, last)
+    return [
+        f"{path.stem} minus {baseline.stem}, in percentage points, over the prompts of both (of "
+        "this seed; another may differ):",
+        f"  in training: {difference_in_words(*training)}",
+        f"  evaluation after {last} iterations: {difference_in_words(*evaluation)}",
+    ]
+
+
 def paired_difference(
     path: Path, arm: str, baseline: str, iteration: int | None = None
 ) -> tuple[float, float, int]:
-    """Success of an arm less that of another, over the prompts that both played in the same
-    iteration (any, or this one): mean, its standard error (nan for less than two), their number."""
+    """The success rate of an arm minus that of another, over the groups of the same prompt in the
+    same iteration that both have played.
+
+    path: a CSV of `log_prompts`. iteration: only this one; None: all. Returns the mean difference,
+    its standard error (nan for fewer than two pairs) and the number of pairs.
+    """
     played = {arm: {}, baseline: {}}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -177,97 +401,22 @@ def paired_difference(
     return gains.mean().item(), error, len(gains)
 
 
-def verdict(mean: float, error: float, prompts: int) -> str:
-    """A paired difference in words.
+def difference_in_words(mean: float, error: float, prompts: int) -> str:
+    """A paired difference as a sentence: it is more than noise if it exceeds two standard errors.
 
-    >>> verdict(0.25, 0.1, 64)
+    >>> difference_in_words(0.25, 0.1, 64)
     '+25.0, standard error 10.0 over 64 prompts: more than noise'
     """
-    said = "more than noise" if abs(mean) > 2 * error else "not more than noise"
-    said = "too few to tell" if prompts < 8 else said
-    return f"{100 * mean:+.1f}, standard error {100 * error:.1f} over {prompts} prompts: {said}"
+    judgement = "more than noise" if abs(mean) > 2 * error else "not more than noise"
+    if prompts < 8:
+        judgement = "too few to tell"
+    numbers = f"{100 * mean:+.1f}, standard error {100 * error:.1f} over {prompts} prompts"
+    return f"{numbers}: {judgement}"
 
 
-def summary(out: Path) -> str:
-    """A table of the arms: evaluation success before, best and after with its standard error; mean
-    success in training; seconds an iteration. Below, each arm less the first, prompt by prompt."""
-    heads = f"{'start':>10}{'best':>8}{'final':>8}{'+-':>6}{'gain':>8}"
-    lines = [f"{'':14}{heads}{'training mean':>15}{'s/iteration':>13}"]
-    for path in logs(out):
-        success = column(path, "eval_success")[1]
-        training = column(path, "train_success")[1]
-        seconds = column(path, "seconds")[1]
-        line = f"{path.stem:14}{success[0]:>10.1%}{max(success):>8.1%}{success[-1]:>8.1%}"
-        line += f"{100 * column(path, 'eval_stderr')[1][-1]:>6.1f}{success[-1] - success[0]:>+8.1%}"
-        if training:
-            line += f"{sum(training) / len(training):>15.1%}{sum(seconds) / len(seconds):>13.1f}"
-        lines.append(line)
-    lines.append(f"success on fixed evaluation episodes, and over training; {out / 'curves.png'}")
-    names = [path.stem for path in logs(out) if column(path, "train_success")[1]]
-    last = min((column(path, "eval_success")[0][-1] for path in logs(out)), default=0)
-    for name in names[1:]:
-        lines.append(f"{name} less {names[0]}, in points (another seed is another run):")
-        phases = (("training", "prompts", None), (f"after {last} iterations", "evaluations", last))
-        for phase, file, iteration in phases:
-            pairs = paired_difference(out / f"{file}.csv", name, names[0], iteration)
-            lines.append(f"  {phase}: {verdict(*pairs)}")
-    return "\n".join(lines)
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """A CSV of rows with the same keys."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(map(rounded, rows))
-
-
-# ----------------------------------------------------------------------------------- several seeds
-def t_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of a mean of independent values (Student's t): inf for a
-    single one, nan if one is nan.
-
-    >>> round(t_interval([1.0, 2.0, 3.0]), 3)  # 4.303 * 1 / sqrt(3)
-    2.484
-    """
-    n = len(values)
-    if n < 2:
-        return math.inf
-    quantile = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.4 / (n - 1)
-    return quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def measures(log: Path, threshold: float) -> dict[str, float]:
-    """MEASURES of a run, by its log."""
-    iterations, success = (np.array(values) for values in column(log, "eval_success"))
-    of_three = np.convolve(success, np.full(3, 1 / 3), "valid") if len(success) > 2 else success
-    return {
-        "final": 100 * success[-1],
-        "peak": 100 * of_three.max(),
-        "fall": 100 * (of_three.max() - of_three[-1]),
-        "area": 100 * np.trapezoid(success, iterations) / iterations[-1],
-        "training": 100 * float(np.mean(column(log, "train_success")[1])),
-        "reach": min(iterations[success >= threshold], default=np.inf),
-    }
-
-
-def draw_seeds(axes: Axes, arm: Arm, runs: list) -> None:
-    """Runs of one arm, (iterations, values) each: faint, and their mean with its 95 % interval."""
-    if not runs:
-        return
-    x, color = runs[0][0], arm.color
-    values = np.array([values for _, values in runs])  # (seeds, iterations)
-    mean, half = values.mean(0), np.array([t_interval(each) for each in values.T])
-    axes.plot(x, values.T, color=color, linewidth=0.7, alpha=min(0.4, 1.2 / len(runs)))
-    marker = "o" if len(x) == 1 else None
-    axes.plot(x, mean, color=color, linewidth=2, marker=marker, label=arm.label)
-    if len(runs) > 1:
-        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.08)
-
-
-# ------------------------------------------------------------------------------------ measurements
+# -------------------------------------------------------------------------------- measurements
 def outcomes(rollouts: Rollouts, phase: str) -> dict[str, float]:
-    """How episodes ended: columns of the log."""
+    """How the episodes ended, as columns of the log. phase: "eval" or "train"."""
     return {
         f"{phase}_success": rollouts.success.float().mean().item(),
         f"{phase}_reward": rollouts.rewards.mean().item(),
@@ -276,8 +425,9 @@ def outcomes(rollouts: Rollouts, phase: str) -> dict[str, float]:
 
 
 def standard_error(success: Tensor, group_size: int) -> float:
-    """Of the mean of B successes, (B,) bool. Rollouts of one prompt are alike, so what counts are
-    the means of the groups; 0 for a single one.
+    """The standard error of the mean of B successes, (B,) bool, in consecutive groups. Rollouts of
+    one prompt are not independent, so it is computed over the means of the groups; it is 0 for a
+    single group.
 
     >>> standard_error(torch.tensor([1, 1, 0, 0]).bool(), group_size=1)
     0.28867512941360474
@@ -291,7 +441,7 @@ def standard_error(success: Tensor, group_size: int) -> float:
 
 
 def equal_groups(rewards: Tensor, group_size: int) -> float:
-    """The share of the groups of (B,) rewards in which all are alike.
+    """The share of the groups of (B,) rewards in which all rewards are equal.
 
     >>> equal_groups(torch.tensor([1.0, 0.0, 2.0, 2.0]), group_size=2)
     0.5
@@ -300,51 +450,51 @@ def equal_groups(rewards: Tensor, group_size: int) -> float:
     return (groups == groups[:, :1]).all(dim=1).float().mean().item()
 
 
-def flat_gradient(model: torch.nn.Module) -> Tensor | None:
-    """A copy of all gradients as (P,), or None if the model is too large for one more."""
-    if sum(p.numel() for p in model.parameters()) > LARGE:
-        return None
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def behaviour(
+def batch_statistics(
     rollouts: Rollouts, weights: Tensor, advantages: Tensor, end_of_turn: int
 ) -> dict[str, float]:
-    """What was generated, how true its reasoning is, where the weight lies and what there is to
-    learn from: columns of the log. weights, advantages: (B, T)."""
-    credit = advantages[rollouts.response]
-    following = torch.nn.functional.pad(rollouts.response, (0, 1))[:, 1:]
-    last = rollouts.ids[rollouts.response & ~following]  # (turns,): the last token of each
-    tokens, reasoning = rollouts.response.sum().item(), rollouts.labels == Segment.REASONING
+    """What a batch of rollouts consists of and what there is to learn from it, as columns of the
+    log: how long the episodes are, how true their reasoning is, where the weight lies, and how the
+    advantages spread.
+
+    weights, advantages: (B, T), as in the loss. end_of_turn: the id of that control token.
+    """
+    response = rollouts.response  # (B, T)
+    reasoning = rollouts.labels == Segment.REASONING
+    action = rollouts.labels == Segment.ACTION
+    tokens = response.sum().item()
+    following = torch.nn.functional.pad(response, (0, 1))[:, 1:]
+    last = rollouts.ids[response & ~following]  # (turns,): the last token of each turn
+    credit = advantages[response]  # (tokens,)
+    accuracy = rollouts.true_facts.sum() / rollouts.facts.sum()  # nan if no fact is stated
+    reasoning_share = weights[reasoning].sum() / weights.sum().clamp(min=1e-9)
     return {
         "advantage_mean": credit.mean().item(),
         "advantage_std": credit.std(correction=0).item(),
         "turns": rollouts.turns.float().mean().item(),
         "cut_turns": (last != end_of_turn).float().mean().item(),
         "response_tokens": tokens / len(rollouts.ids),
-        "action_fraction": (rollouts.labels == Segment.ACTION).sum().item() / tokens,
-        # nan if no fact is stated
-        "reasoning_accuracy": (rollouts.true_facts.sum() / rollouts.facts.sum()).item(),
+        "action_fraction": action.sum().item() / tokens,
+        "reasoning_accuracy": accuracy.item(),
         "turns_without_facts": (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item(),
         "mean_weight": weights.sum().item() / tokens,
-        "reasoning_weight_share": (weights[reasoning].sum() / weights.sum().clamp(min=1e-9)).item(),
+        "reasoning_weight_share": reasoning_share.item(),
     }
 
 
+def flat_gradient(model: torch.nn.Module) -> Tensor | None:
+    """A copy of the gradients of all parameters as one vector, or None for a model so large that
+    the copy might not fit."""
+    if sum(p.numel() for p in model.parameters()) > LARGE:
+        return None
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 def warn_if_untagged(reasoning: Tensor, response: Tensor) -> None:
-    """Say so if next to nothing that was generated is REASONING."""
+    """Print a note if hardly any generated token is reasoning. reasoning, response: (B, T) bool."""
     share = reasoning.sum().item() / response.sum().item()
     if share < 0.02:
         tqdm.write(
             f"note: {share:.1%} of the generated tokens are reasoning in <think> </think>; "
             "without it, ActFocus and GRPO are nearly the same"
         )
-
-
-def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) -> None:
-    """Append two whole transcripts to a file, control tokens included."""
-    with path.open("a", encoding="utf-8") as file:
-        for row in range(min(2, len(rollouts.ids))):
-            text = policy.tokenizer.decode(rollouts.ids[row, : rollouts.lengths[row]].tolist())
-            verdict = "success" if rollouts.success[row] else "failure"
-            file.write(f"===== {title}: {verdict}\n{text}\n\n")

@@ -1,19 +1,22 @@
 """Transcripts to look at: every sampled token coloured by its weight in the loss.
 
+    save_episodes(out, "grpo", 0, policy, episodes, frozen, weights)   # before training
+    save_episodes(out, "grpo", 6, policy, episodes, frozen, weights)   # after six iterations
+    write_episodes_page(out)                                           # episodes.html, for all arms
+
     python -m studies.diagnose --env sokoban      # leaves tokens.html and tokens.png in its folder
 
-    transcript = pieces(policy, rollouts, row=0)
-    draw_tokens(Path("tokens.png"), "a title", transcript, weights[0].tolist())
-
-The page opens from disk and loads nothing. What a model writes is untrusted: it is escaped, and
-whatever cannot be seen is written out.
+The pages open from disk, load nothing and run nothing. What a model writes is untrusted: it is
+escaped, and whatever cannot be seen is written out.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import math
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -21,21 +24,25 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from arms import ARMS
 from energy import TokenStats
 from policy import Policy
 from rollout import Rollouts
 from segment import Segment
+from support.logs import column, title_of, whole_file
 
 COLORS = matplotlib.colormaps["YlOrRd"]
-SCALE = Normalize(0, 1.6)  # of weights
-DARK = 1.1  # the weight from which on text is white
-COLUMNS = 128  # characters a line of a picture
+SCALE = Normalize(0, 2)  # of weights
+DARK = 1.4  # the weight from which on text is white
+COLUMNS = 128  # characters in a line of a picture
+SHOWN_EPISODES = 4  # of an evaluation, on episodes.html
 
 
 class Piece(NamedTuple):
@@ -52,6 +59,27 @@ class Box(NamedTuple):
     position: int | None
     x: float  # in characters
     line: int
+
+
+class Token(NamedTuple):
+    """A sampled token and what a page says of it."""
+
+    text: str
+    kind: str  # the name of its Segment
+    weight: float  # in the loss
+    energy: float  # of the frozen model at the position that predicts the token, as is the entropy
+    entropy: float  # in nats
+    logprob: float  # of the policy that sampled it, at the sampling temperature
+    frozen_logprob: float  # of the frozen model, at the same temperature
+
+
+class Episode(NamedTuple):
+    """A transcript as a page shows it: plain values, so that it can be kept in a JSON file."""
+
+    success: bool
+    reward: float
+    turns: int
+    pieces: list[Token | str]  # a str is text that was not sampled
 
 
 def printable(text: str) -> str:
@@ -86,80 +114,277 @@ def pieces(policy: Policy, rollouts: Rollouts, row: int) -> list[Piece]:
     return found
 
 
+def described(
+    policy: Policy, rollouts: Rollouts, row: int, frozen: TokenStats, weights: Tensor
+) -> Episode:
+    """An episode with all that a page says of its tokens. frozen, weights: (B, T)."""
+    shown = []
+    for text, position in pieces(policy, rollouts, row):
+        if position is None:
+            shown.append(text)
+            continue
+        numbers = (
+            weights[row, position],
+            frozen.energy[row, position],
+            frozen.entropy[row, position],
+            rollouts.old_logprob[row, position],
+            frozen.logprob[row, position],
+        )
+        kind = Segment(rollouts.labels[row, position].item()).name
+        shown.append(Token(text, kind, *(round(number.item(), 4) for number in numbers)))
+    return Episode(
+        success=rollouts.success[row].item(),
+        reward=rollouts.rewards[row].item(),
+        turns=rollouts.turns[row].item(),
+        pieces=shown,
+    )
+
+
+# -------------------------------------------------------------------------------- episodes.html
+def shown_episodes(rollouts: Rollouts, group_size: int) -> Rollouts:
+    """The episodes of an evaluation that episodes.html shows: the first rollout of each of the
+    first prompts. This rule looks neither at the arm nor at how an episode ended, so that every
+    arm shows the same episodes, before training and after.
+
+    rollouts: the whole evaluation, in consecutive groups of `group_size` rollouts of one prompt.
+    """
+    first_of_each_prompt = torch.arange(0, len(rollouts.ids), group_size)
+    return rollouts.take(first_of_each_prompt[:SHOWN_EPISODES])
+
+
+def save_episodes(
+    out: Path, arm_name: str, iteration: int, policy: Policy, rollouts: Rollouts,
+    frozen: TokenStats, weights: Tensor,
+) -> None:  # fmt: skip
+    """Keep a few evaluation episodes for episodes.html, as JSON in out/episodes: those before
+    training (iteration 0) in <arm>-before.json, any later ones in <arm>-after.json, in place of
+    earlier ones. A run that is stopped and resumed so has those of before training, too.
+
+    policy: its tokenizer alone is used. rollouts: from `shown_episodes`. frozen: (B, T) statistics
+    of the frozen model that training started from, for every sampled token; its log-probability at
+    the temperature that the rollouts were sampled at. weights: (B, T), those that the arm gives
+    these tokens in its loss. Raises OSError.
+    """
+    rows = range(len(rollouts.ids))
+    episodes = [described(policy, rollouts, row, frozen, weights) for row in rows]
+    kept = {"iteration": iteration, "episodes": episodes}
+    when = "before" if iteration == 0 else "after"
+    folder = out / "episodes"
+    folder.mkdir(exist_ok=True)
+    with whole_file(folder / f"{arm_name}-{when}.json") as aside:
+        aside.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def load_episodes(path: Path) -> tuple[int, list[Episode]]:
+    """The iteration and the episodes of a file that `save_episodes` has written."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    episodes = []
+    for success, reward, turns, shown in kept["episodes"]:
+        tokens = [piece if isinstance(piece, str) else Token(*piece) for piece in shown]
+        episodes.append(Episode(success, reward, turns, tokens))
+    return kept["iteration"], episodes
+
+
+def write_episodes_page(out: Path) -> Path | None:
+    """Write episodes.html from whatever `save_episodes` has kept so far; returns its path, or None
+    if nothing has been kept. It reads files alone, no model. Raises OSError."""
+    saved = {}  # arm, "before" or "after" -> iteration, episodes
+    for arm_name in ARMS:
+        for when in ("before", "after"):
+            path = out / "episodes" / f"{arm_name}-{when}.json"
+            if path.exists():
+                saved[arm_name, when] = load_episodes(path)
+    if not saved:
+        return None
+    number = max(len(episodes) for _, episodes in saved.values())
+    body = [overview(out, saved, number)]
+    for index in range(number):
+        body.append(f'<h2 id="episode{index + 1}">Episode {index + 1}</h2>')
+        for arm_name in arms_of(saved):
+            body.append(before_and_after(saved, arm_name, index))
+    page = page_of(f"Episodes before and after training: {title_of(out)}", "".join(body))
+    with whole_file(out / "episodes.html") as aside:
+        aside.write_text(page, encoding="utf-8")
+    return out / "episodes.html"
+
+
+Saved = dict[tuple[str, str], tuple[int, list[Episode]]]
+
+
+def arms_of(saved: Saved) -> list[str]:
+    """The arms that have saved something, in the order of ARMS."""
+    return list(dict.fromkeys(arm_name for arm_name, _ in saved))
+
+
+def overview(out: Path, saved: Saved, number: int) -> str:
+    """A table with a line for each arm: how each episode ended before and after, and the success
+    rate of the whole evaluation, to which the few episodes on the page belong."""
+    heads = [f'<th><a href="#episode{i + 1}">episode {i + 1}</a></th>' for i in range(number)]
+    lines = [f"<tr><th></th><th></th>{''.join(heads)}<th>all evaluation episodes</th></tr>"]
+    for (arm_name, _), (iteration, episodes) in saved.items():
+        cells = [f"<td>{badge(episode)}</td>" for episode in episodes]
+        cells += ["<td></td>"] * (number - len(episodes))
+        rate = success_rate(out / f"{arm_name}.csv", iteration)
+        arm = html.escape(ARMS[arm_name].label)
+        line = f"<th>{arm}</th><td>{moment(iteration)}</td>{''.join(cells)}<td>{rate}</td>"
+        lines.append(f"<tr>{line}</tr>")
+    return f"{RULE}<table>{''.join(lines)}</table>"
+
+
+def success_rate(log: Path, iteration: int) -> str:
+    """The success rate of the evaluation at an iteration, from the log of an arm."""
+    if not log.exists():
+        return ""
+    rates = dict(zip(*column(log, "eval_success"), strict=True))
+    return f"{rates[iteration]:.0%} succeed" if iteration in rates else ""
+
+
+def moment(iteration: int) -> str:
+    """When an evaluation took place, in words."""
+    if iteration == 0:
+        return "before training"
+    return f"after {iteration} iteration{'s' if iteration > 1 else ''}"
+
+
+def before_and_after(saved: Saved, arm_name: str, index: int) -> str:
+    """One episode of one arm in two columns."""
+    columns = []
+    for when in ("before", "after"):
+        iteration, episodes = saved.get((arm_name, when), (0, []))
+        if index >= len(episodes):
+            columns.append(f'<div class="{when}"><p class="gray">not played yet</p></div>')
+            continue
+        arm = html.escape(ARMS[arm_name].label)
+        heading = f"<h3>{arm}, {moment(iteration)}</h3>"
+        columns.append(f'<div class="{when}">{heading}{as_html(episodes[index])}</div>')
+    return f'<div class="pair">{"".join(columns)}</div>'
+
+
+# ---------------------------------------------------------------------------------- any page
 def draw_transcripts(
     out: Path, title: str, policy: Policy, rollouts: Rollouts, frozen: TokenStats, weights: Tensor
 ) -> None:
-    """tokens.html: two transcripts that succeed and two that fail, as far as there are; tokens.png:
-    the first of them. frozen, weights: (B, T)."""
+    """Write tokens.html, with two transcripts that succeed and two that fail as far as there are
+    such, and tokens.png, with the first of them. frozen, weights: (B, T)."""
     succeeded = rollouts.success.nonzero().flatten().tolist()
     failed = (~rollouts.success).nonzero().flatten().tolist()
     rows = succeeded[:2] + failed[:2]
-    transcripts = [pieces(policy, rollouts, row) for row in rows]
-    body = []
-    for row, transcript in zip(rows, transcripts, strict=True):
-        body.append(as_html(transcript, row, rollouts, frozen, weights))
-    stops = ",".join(color_of(weight) for weight in np.linspace(0, SCALE.vmax, 9))
-    page = PAGE.replace("TITLE", html.escape(title)).replace("STOPS", stops)
-    (out / "tokens.html").write_text(page.replace("BODY", "".join(body)), encoding="utf-8")
-    draw_tokens(out / "tokens.png", title, transcripts[0], weights[rows[0]].tolist())
+    episodes = [described(policy, rollouts, row, frozen, weights) for row in rows]
+    page = page_of(title, "".join(as_html(episode) for episode in episodes))
+    with whole_file(out / "tokens.html") as aside:
+        aside.write_text(page, encoding="utf-8")
+    transcript = pieces(policy, rollouts, rows[0])
+    draw_tokens(out / "tokens.png", title, transcript, weights[rows[0]].tolist())
 
 
-# ----------------------------------------------------------------------------------------- the page
-def as_html(
-    transcript: list[Piece], row: int, rollouts: Rollouts, frozen: TokenStats, weights: Tensor
-) -> str:
-    """One transcript: a heading, then each sampled token with what there is to know about it."""
-    verdict = "success" if rollouts.success[row] else "failure"
-    reward, turns = rollouts.rewards[row].item(), rollouts.turns[row].item()
-    parts = [f"<h2>{verdict}, reward {reward:.2f}, {turns} turns</h2><pre>"]
-    for text, position in transcript:
-        if position is None:
-            parts.append(f"<s>{html.escape(text)}</s>")
-            continue
-        name = Segment(rollouts.labels[row, position].item()).name
-        weight = weights[row, position].item()
-        energy = frozen.energy[row, position].item()
-        entropy = frozen.entropy[row, position].item()
-        tip = f"{name} · weight {weight:.2f} · energy {energy:.2f} · entropy {entropy:.2f} nats"
-        ink = "#fff" if weight > DARK else "#000"
-        style = f"background:{color_of(weight)};color:{ink}"
-        shown = html.escape(text).replace("\n", "<i>⏎</i>\n")
-        parts.append(f'<b class="{name}" style="{style}" data-tip="{tip}">{shown}</b>')
-    parts.append("</pre>")
-    return "".join(parts)
+def as_html(episode: Episode) -> str:
+    """One transcript: how it ended, then its text, each sampled token with what there is to know
+    about it. The instructions before the first observation are folded."""
+    first, *rest = episode.pieces
+    folded = ""
+    if isinstance(first, str):
+        observation = after_instructions(first)
+        instructions = html.escape(first[: len(first.rstrip()) - len(observation)])
+        folded = f"<details><summary>instructions</summary><pre>{instructions}</pre></details>"
+        rest = [observation, *rest]
+    else:
+        rest = episode.pieces
+    summary = f"{badge(episode)} reward {episode.reward:.2f}, {episode.turns} turns"
+    text = "".join(map(piece_as_html, rest))
+    return f'<p>{summary}</p>{folded}<pre class="transcript">{text}</pre>'
+
+
+def piece_as_html(piece: Token | str) -> str:
+    """A token as a coloured box that explains itself when it is pointed at; other text as it is."""
+    if isinstance(piece, str):
+        return f"<s>{html.escape(piece.strip())}</s>"
+    tip = (
+        f"{piece.kind} token\n"
+        f"weight in the loss {piece.weight:.2f}\n"
+        f"energy {piece.energy:.2f}\n"
+        f"entropy {piece.entropy:z.2f} nats\n"
+        f"log-probability {piece.logprob:z.2f} (frozen model: {piece.frozen_logprob:z.2f})"
+    )  # z: no minus before a zero
+    ink = "#fff" if piece.weight > DARK else "#000"
+    style = f"background:{color_of(piece.weight)};color:{ink}"
+    text = html.escape(piece.text).replace("\n", "<i>⏎</i>\n")
+    kind = html.escape(piece.kind)
+    return f'<b class="{kind}" style="{style}" data-tip="{html.escape(tip)}">{text}</b>'
+
+
+def badge(episode: Episode) -> str:
+    """Success or failure, told apart by word, sign and colour."""
+    if episode.success:
+        return '<em class="success">✓ success</em>'
+    return '<em class="failure">✗ failure</em>'
 
 
 def color_of(weight: float) -> str:
+    """The colour of a weight, as #rrggbb."""
     return to_hex(COLORS(SCALE(weight)))
 
 
+def page_of(title: str, body: str) -> str:
+    """A whole page: title is text, body is HTML."""
+    stops = ",".join(color_of(weight) for weight in np.linspace(0, SCALE.vmax, 9))
+    values = {"TITLE": html.escape(title), "STOPS": stops, "BODY": body}
+    return re.sub("TITLE|STOPS|BODY", lambda name: values[name[0]], PAGE)  # in one pass
+
+
+RULE = """<p>The episodes are the first rollout of each of the first evaluation prompts, however
+they ended. Before training all arms are the same model and play alike; only the weights differ.
+</p>"""
+
+# A browser that keeps to this policy runs no script and loads nothing, whatever the page holds.
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
 <title>TITLE</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff }
-h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2rem }
-pre { font: 13px/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  padding-bottom: 2rem }
-s { text-decoration: none; color: #777 } i { font-style: normal; opacity: .45 }
-b { font-weight: normal; position: relative; padding: 1px 0; border-left: 1px solid #fff;
-  border-bottom: 3px solid #999 }
-b.REASONING { border-bottom-color: #1f77b4 } b.ACTION { border-bottom-color: #7a0019 }
-b:hover { outline: 2px solid #222 }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --gray: #6a6a6a; --rule: #ddd;
+  --reasoning: #1f77b4; --action: #a3001f; --format: #aaa; --good: #1a7f37; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e4; --paper: #17181a; --gray: #9b9b9b;
+  --rule: #3a3b3d; --reasoning: #5ab0ee; --action: #ff5d76; --format: #888; --good: #4cc36a;
+  --bad: #ff7b72 } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 96rem; margin: 2rem auto; padding: 0 1.5rem;
+  color: var(--ink); background: var(--paper) }
+h1 { font-size: 1.35rem; margin-bottom: .4rem } h3 { font-size: .95rem; margin: .8rem 0 0 }
+h2 { font-size: 1.15rem; margin-top: 2.5rem; border-top: 1px solid var(--rule); padding-top: .8rem }
+p { margin: .4rem 0; max-width: 62rem } a { color: inherit }
+table { border-collapse: collapse; margin: 1.2rem 0; display: block; overflow-x: auto }
+th, td { padding: .15rem .9rem .15rem 0; text-align: left; font-weight: normal }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2rem }
+.pair > div { min-width: 0 }
+@media (max-width: 60rem) { .pair { grid-template-columns: 1fr } }
+pre { font: 12.5px/1.8 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  margin: .4rem 0 }
+details, .gray { color: var(--gray) } details { font-size: .85rem }
+s { text-decoration: none; color: var(--gray); display: block; line-height: 1.35; margin: .35rem 0;
+  padding-left: .7rem; border-left: 3px solid var(--rule) }
+i { font-style: normal; opacity: .45 } em { font-style: normal; font-weight: 600 }
+.success { color: var(--good) } .failure { color: var(--bad) }
+b { font-weight: normal; position: relative; padding: 1px 0; border-left: 1px solid var(--paper);
+  border-bottom: 3px solid var(--format) }
+b.REASONING { border-bottom-color: var(--reasoning) }
+b.ACTION { border-bottom-color: var(--action) }
+b:hover { outline: 2px solid var(--ink) }
 b:hover::after { content: attr(data-tip); position: absolute; left: 0; top: 1.9em; z-index: 1;
-  background: #222; color: #fff; padding: .2em .6em; border-radius: 4px; white-space: nowrap;
-  font: 13px/1.5 system-ui, sans-serif }
-.scale { display: inline-block; width: 16rem; height: 1em; vertical-align: middle;
+  background: #222; color: #fff; padding: .4em .8em; border-radius: 4px; white-space: pre;
+  font: 13px/1.5 system-ui, sans-serif; box-shadow: 0 2px 8px #0006 }
+.after b:hover::after { left: auto; right: 0 }
+.scale { display: inline-block; width: 12rem; height: 1em; vertical-align: middle;
   background: linear-gradient(to right, STOPS) }
 </style>
 <h1>TITLE</h1>
-<p>Weight in the loss: 0 <span class="scale"></span> 1.6.
-Underlined <b class="REASONING">blue</b>: reasoning, <b class="ACTION">dark red</b>: action,
-<b class="FORMAT">gray</b>: format. <s>Gray text</s> was not sampled: prompts and tool responses,
-never in the loss. Point at a token for its class, weight, energy and entropy under the
-reference.</p>
+<p>Each box is a token that the model wrote. Its colour is its weight in the loss, from
+0 <span class="scale"></span> 2: the darker a token is, the more it counts when the policy is
+updated. Point at a token for its numbers.</p>
+<p>The line below a token names its class: <b class="REASONING">reasoning</b>,
+<b class="ACTION">action</b> (the tool call), or <b class="FORMAT">format</b> (tags, white space,
+the end of a turn). <span class="gray">Gray text</span> was not written by the model: prompts
+and tool responses, which are never in the loss. Energy and entropy are those of the frozen model
+that training started from.</p>
 BODY
 </html>
 """

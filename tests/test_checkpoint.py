@@ -170,13 +170,13 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
 def test_the_command_that_resumes_a_run_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["my scripts/train_ppo.py"])
     out = tmp_path / "a run; with $signs"
-    said = checkpoint.Checkpoints(out, 1, {}, logs.appended).how_to_resume()
+    said = checkpoint.Checkpoints(out, 1, {}, logs.appended_files).how_to_resume()
     command = said.removeprefix("resume it with: ")
     assert shlex.split(command) == ["python", "my scripts/train_ppo.py", "--resume", str(out)]
 
 
 def test_a_second_interruption_does_not_wait(tmp_path):
-    with checkpoint.Checkpoints(tmp_path, 1, {}, logs.appended):
+    with checkpoint.Checkpoints(tmp_path, 1, {}, logs.appended_files):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -225,10 +225,10 @@ def test_any_flipped_bit_is_found(stopped):
 
 def refused(out, *flags):
     """Going on with a run is refused; returns the sentence, after a check that nothing changed."""
-    before = {path: path.read_bytes() for path in logs.appended(out)}
+    before = {path: path.read_bytes() for path in logs.appended_files(out)}
     with pytest.raises(SystemExit) as error:
         play("--resume", out, *flags)
-    assert {path: path.read_bytes() for path in logs.appended(out)} == before
+    assert {path: path.read_bytes() for path in logs.appended_files(out)} == before
     return str(error.value)
 
 
@@ -308,7 +308,7 @@ def test_without_checkpoints_there_are_none(tiny_folder, tmp_path, monkeypatch):
     die(monkeypatch, train_grpo, "update", 2)
     with pytest.raises(Killed):
         play(*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "0")
-    assert not (out / "checkpoints").exists() and len(logs.appended(out)) == 4
+    assert not (out / "checkpoints").exists() and len(logs.appended_files(out)) == 4
 
 
 # ---------------------------------------------------------------------------- disks and bad numbers
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tiny_folder, tmp_pat
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit, match="cannot be used: .*No space left on device"):
         play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
-    assert not logs.appended(tmp_path / "run")
+    assert not logs.appended_files(tmp_path / "run")
 
 
 FULL_DISK = """

@@ -13,8 +13,9 @@ import time
 import pytest
 
 from studies import compare
+from studies.stats import MEASURES, measures, t_interval
 from support.config import parse
-from support.logs import MEASURES, log, measures, t_interval
+from support.logs import log
 from train_ppo import PPOConfig
 
 SMALL = "--iterations 2 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 4 --eval-every 1 "

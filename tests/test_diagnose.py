@@ -1,14 +1,13 @@
-"""diagnose.py and transcripts.py: the statistics against hand-computed values, the choice of
-tokens, what is refused, and a real run whose page is taken apart."""
+"""diagnose.py: the statistics against hand-computed values, the choice of tokens, what is refused,
+and a real run. Its page is that of support/transcripts.py, which tests/test_transcripts.py takes
+apart."""
 
-import copy
 import csv
 import math
 import random
 import runpy
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +34,6 @@ from studies.diagnose import (
     token_choices,
 )
 from support.config import parse
-from support.transcripts import Piece, after_instructions, draw_tokens, pieces, printable
 from support.warm_start import WarmStart
 
 ROOT = Path(__file__).parents[1]
@@ -187,39 +185,7 @@ def test_correlations_name_what_is_constant_or_missing():
     assert table["success", ""].rho_success == pytest.approx(1)
 
 
-# ----------------------------------------------------------------------------------------- pictures
-def test_nothing_invisible_or_misleading_reaches_the_page():
-    assert printable("a\x00b\u202ec\u200b\td\ne") == "a\\x00b\\u202ec\\u200b\\td\ne"
-
-
-def test_a_long_transcript_is_drawn(tmp_path):
-    start, end = Piece("system\nx\nuser\ngame", None), Piece("end", None)
-    transcript = [start] + [Piece("word$\n", 0)] * 300 + [end]
-    draw_tokens(tmp_path / "t.png", "title", transcript, [1.2])
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-
-
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.open, self.tips, self.text, self.tags = [], [], [], set()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        if tag != "meta":
-            self.open.append(tag)
-        if tag == "b" and dict(attributes).get("data-tip"):
-            self.tips.append(dict(attributes)["data-tip"])
-            self.text.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "b" in self.open and self.tips:
-            self.text[-1] += data
-
-
+# ------------------------------------------------------------------------------------- a real run
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis")
@@ -257,69 +223,6 @@ def test_a_run_leaves_tables_and_pictures(run):
         table = {(row["signal"], row["tokens"]): row for row in csv.DictReader(file)}
     assert table["shift", "all"]["rho"] == "nan" and len(table) == 17
     assert "9 groups" in said and "shift all" in said
-
-
-def test_the_page_holds_every_sampled_token_and_loads_nothing(run):
-    text = (run[0] / "tokens.html").read_text()
-    policy = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; """
-    assert policy + """style-src 'unsafe-inline'">""" in text  # no script, no picture, no font
-    assert text.count("http") == 1 and "url(" not in text and "@import" not in text
-    page = Page()
-    page.feed(text)
-    assert page.open == [] and page.tags <= {
-        "html",
-        "meta",
-        "title",
-        "style",
-        "h1",
-        "h2",
-        "p",
-        "span",
-        "s",
-        "b",
-        "i",
-        "pre",
-    }
-    assert len(page.tips) > 100 and all(len(tip.split("·")) == 4 for tip in page.tips)
-    weights = [float(tip.split("·")[1].split()[1]) for tip in page.tips]
-    for tip, weight in zip(page.tips, weights, strict=True):
-        name = tip.split(" ")[0]
-        assert {"REASONING": weight == 0.1, "FORMAT": weight == 1, "ACTION": 1 <= weight <= 1.5}[
-            name
-        ]
-
-
-def test_transcripts_are_whole_and_escaped(tiny):
-    forged = "</pre><script>alert(1)</script>&amp;"
-    ids = tiny.encode(forged)
-    labels = torch.tensor([[O] * 3 + [F] * (len(ids) - 3)])
-    none = torch.zeros(1, dtype=torch.int64)
-    rollouts = Rollouts(
-        ids=torch.tensor([ids]),
-        labels=labels,
-        old_logprob=torch.zeros(labels.shape),
-        rewards=none.float(),
-        success=none.bool(),
-        lengths=torch.tensor([len(ids)]),
-        finished=none.bool(),
-        turns=none,
-        turns_without_facts=none,
-        facts=none,
-        true_facts=none,
-    )
-    found = pieces(tiny, rollouts, 0)
-    assert "".join(text for text, _ in found) == forged
-    assert [position for _, position in found] == [None, *range(3, len(ids))]
-    # an id of no token, of which a padded vocabulary has some, is sampled by an untaught model
-    padded = copy.copy(tiny)
-    padded.bytes_of = tiny.bytes_of + [b""]
-    rollouts.ids[0, -1] = len(tiny.bytes_of)
-    assert pieces(padded, rollouts, 0)[-1].text == f"<{len(tiny.bytes_of)}>"
-
-
-def test_only_the_instructions_are_left_out_of_a_picture():
-    assert after_instructions("system\nx user\nuser\ngame\nP b2") == "user\ngame\nP b2"
-    assert after_instructions("game\nP b2") == "game\nP b2"
 
 
 # ------------------------------------------------------------------- who plays, and what is refused

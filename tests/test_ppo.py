@@ -114,7 +114,10 @@ def test_one_command_trains_ppo_with_and_without_actfocus(start, tmp_path):
     assert float(plain[0]["value_loss"]) > 0 and float(plain[0]["advantage_mean"]) == pytest.approx(
         0, abs=1e-5
     )
-    assert "ppo-actfocus less ppo, in points" in same.stdout and (out / "curves.png").exists()
+    assert (
+        "ppo-actfocus minus ppo, in percentage points" in same.stdout
+        and (out / "curves.png").exists()
+    )
     flags = ("--arms", "ppo-actfocus,grpo", "--iterations", "1")
     other = run_script("train_ppo.py", start, tmp_path / "other", *flags)
     assert other.returncode == 0, other.stderr

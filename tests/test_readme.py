@@ -25,7 +25,8 @@ from energy import token_energy
 from envs import Step, read_call, tool_schema, write_turn
 from rollout import rollout
 from segment import Segment, segment_batch
-from support.logs import COLUMNS, measures, t_interval
+from studies.stats import measures, t_interval
+from support.logs import COLUMNS
 from worlds import ENVIRONMENTS, make_env
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from rollout import rollout, score_all, scored_hidden
 from segment import Segment
 from studies.diagnose import DiagnoseConfig
 from support.config import ActFocusConfig, Config, make_parser, parse, read_config
-from support.logs import COLUMNS, column, paired_difference
+from support.logs import COLUMNS, column
 from train_grpo import Guard, run, update
 from train_ppo import PPOConfig
 from worlds import make_env
@@ -94,13 +94,17 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
     for title in ("grpo after 0", "grpo after 2", "actfocus after 0", "actfocus after 2"):
         assert f"===== {title} iterations: " in samples
     assert "<|im_start|>assistant" in samples and "<tool_response>" in samples
-    assert result.stdout.count("The loss says little") == 1
-    *_, table, _, paired, training, evaluation = result.stdout.splitlines()
-    assert "training mean" in result.stdout and table.startswith("actfocus")
-    assert paired.startswith("actfocus less grpo, in points")
-    assert "training: " in training and "over 4 prompts" in training
+    assert result.stdout.count("The loss stays near zero") == 1
+    said = result.stdout.splitlines()
+    header = said.index(next(line for line in said if line.startswith("arm  ")))
+    assert [line.split()[0] for line in said[header + 1 : header + 3]] == ["grpo", "actfocus"]
+    at = said.index(next(line for line in said if line.startswith("actfocus minus grpo")))
+    paired, training, evaluation, curves, *_ = said[at:]
+    assert "in percentage points" in paired
+    assert training.startswith("  in training: ") and "over 4 prompts" in training
     assert "too few to tell" in training
-    assert evaluation.startswith("  after 2 iterations: ")
+    assert evaluation.startswith("  evaluation after 2 iterations: ")
+    assert curves.endswith(str(out / "curves.png"))
     for arm in ("grpo", "actfocus"):  # what each evaluation's mean is of
         for row in read(out / f"{arm}.csv"):
             if row["eval_success"]:
@@ -123,18 +127,6 @@ def test_in_bfloat16_the_ratio_of_a_first_update_is_one(start, tmp_path):
     assert float(row["grad_norm"]) > 0
     assert load_policy(tmp_path / "run" / "actfocus").head.dtype == torch.float32
     assert load_policy(start, bfloat16=True).frozen_copy().head.dtype == torch.bfloat16
-
-
-def test_the_paired_difference_by_hand(tmp_path):
-    """Over the prompts that both arms played in the same iteration: gains 0.5, 0 and 0.25."""
-    lines = ["arm,iteration,prompt,success", "grpo,0,7,0.25", "grpo,0,8,0.5", "grpo,1,7,0.5"]
-    lines += ["actfocus,0,7,0.75", "actfocus,0,8,0.5", "actfocus,1,7,0.75", "actfocus,1,9,1"]
-    (tmp_path / "prompts.csv").write_text("\n".join(lines) + "\n")
-    mean, error, prompts = paired_difference(tmp_path / "prompts.csv", "actfocus", "grpo")
-    assert (mean, prompts) == (pytest.approx(0.25), 3)
-    assert error == pytest.approx(0.25 / math.sqrt(3))  # their standard deviation is 0.25
-    mean, error, prompts = paired_difference(tmp_path / "prompts.csv", "actfocus", "grpo", 1)
-    assert (mean, prompts) == (0.25, 1) and math.isnan(error)
 
 
 def test_gradient_agreement_is_the_cosine_of_successive_gradients(built_in, played):
