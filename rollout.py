@@ -58,6 +58,16 @@ class Rollouts:
         """(B, T) bool: the tokens that the model sampled."""
         return self.labels != Segment.OTHER
 
+    @property
+    def reasoning(self) -> Tensor:
+        """(B, T) bool: the tokens of thoughts."""
+        return self.labels == Segment.REASONING
+
+    @property
+    def action(self) -> Tensor:
+        """(B, T) bool: the tokens of calls."""
+        return self.labels == Segment.ACTION
+
     def take(self, rows: Tensor) -> Rollouts:
         """Some of the episodes."""
         return Rollouts(*(getattr(self, each.name)[rows] for each in fields(self)))

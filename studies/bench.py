@@ -1,19 +1,21 @@
-"""How fast, and in how much memory, beside what one would use instead; all on the same work, in one
-run on one machine. (Long, since half of it is what we are compared with.)
+"""How fast is it, and how much memory does it take, beside what one would use instead?
 
     python -m studies.bench               # every section, some 45 minutes on 2 cores
     python -m studies.bench loss --tokens 4096               # one section, one size
     python -m studies.bench --device cuda --shape qwen-0.5b   # Qwen2.5-0.5B, random weights
 
-loss       value and gradients, entropy bonus included: all logits, selective log-softmax,
-           recomputed in backward, fused
-update     an iteration's update: ActFocus against GRPO, KL off and on
-rollout    sampled tokens a second: ours against a loop of `model.generate`, a call per turn
-iteration  play and update: ours against TRL's GRPOTrainer (optional: pip install trl)
-growth     cost per token while rows, positions and vocabulary grow
+A section compares several ways of doing the same work, in one run on one machine:
 
-Each result is a line on the screen and a row of bench.csv in the output folder; growth.png is drawn
-from its own rows.
+    loss       the value and the gradients of the policy loss, with an entropy bonus: with all
+               logits, with a selective log-softmax, recomputed in backward, TRL's, and fused
+    update     the update of one iteration: ActFocus against GRPO, without and with the KL penalty
+    rollout    sampled tokens a second: ours against a loop that calls `model.generate` every turn
+    iteration  playing and updating: ours against TRL's GRPOTrainer (optional: pip install trl)
+    growth     the cost of a token while the number of episodes, of positions, or the vocabulary
+               grows; draws growth.png
+
+A section is a function that yields its results one by one. Each is printed, and is a row of
+bench.csv in the output folder.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,19 +43,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from actfocus import actfocus_weights, group_advantages
-from arms import ARMS, Arm, token_signals
+from actfocus import group_advantages
+from arms import ARMS, Arm
 from energy import CHUNK_ELEMENTS, matmul
 from envs import Step
 from fused_loss import LossSettings, fused_policy_loss, policy_loss, token_loss
 from policy import Policy, load_policy
-from rollout import Rollouts, rollout
-from segment import Segment
+from rollout import Rollouts, repeated, rollout
 from support.config import Config
 from support.warm_start import start_folder
-from train_grpo import Guard, score, update
+from train_grpo import Guard, read, update
 from worlds import make_env
 
+ROOT = Path(__file__).parents[1]
 GROUP = 8  # rollouts of a prompt
 COMPARED = {ARMS[name].label: ARMS[name] for name in ("grpo", "actfocus")}
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
@@ -62,14 +64,22 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vo
 }
 
 
+class Result(NamedTuple):
+    """A row of bench.csv."""
+
+    what: str  # with the unit
+    value: float
+    ratio: float | None = None  # to what `what` says
+
+
 # --------------------------------------------------------------------------------------------- loss
 class LossInputs(NamedTuple):
-    """What a loss is computed from, in the order that `policy_loss` takes it."""
+    """What a loss is computed from, in the order in which `policy_loss` takes it."""
 
     hidden: Tensor  # (N, H)
     head: Tensor  # (V, H)
-    targets: Tensor  # (N,)
-    old_logprob: Tensor  # (N,), as the next two
+    targets: Tensor  # (N,) int64
+    old_logprob: Tensor  # (N,) float32, as the next two
     advantages: Tensor
     weights: Tensor
 
@@ -80,8 +90,8 @@ def full(given: LossInputs, entropy_coef: float) -> Tensor:
 
 
 def selective(given: LossInputs, entropy_coef: float) -> Tensor:
-    """Logits kept, but not their log-softmax: a logsumexp per block, as in `selective_log_softmax`
-    of many trainers. No entropy."""
+    """The logits are kept but not their log-softmax: a logsumexp for each block of tokens, as in
+    the `selective_log_softmax` of many trainers. It has no entropy."""
     logits = given.hidden @ given.head.T
     lse = torch.cat([block.float().logsumexp(-1) for block in logits.split(256)])
     logprob = logits.gather(-1, given.targets[:, None]).squeeze(-1).float() - lse
@@ -91,7 +101,7 @@ def selective(given: LossInputs, entropy_coef: float) -> Tensor:
 
 
 def recomputed(given: LossInputs, entropy_coef: float, chunk_size: int | None = None) -> Tensor:
-    """Statistics chunk by chunk, each chunk's logits computed again in backward."""
+    """Statistics chunk by chunk; each chunk's logits are computed again in backward."""
 
     def statistics(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logp = matmul(hidden, given.head.T).log_softmax(-1)
@@ -105,25 +115,19 @@ def recomputed(given: LossInputs, entropy_coef: float, chunk_size: int | None = 
         for chunk in zip(hiddens, targets, strict=True)
     ]
     logprob, entropy = map(torch.cat, zip(*stats, strict=True))
-    return token_loss(
-        logprob, entropy, given.old_logprob, given.advantages, given.weights,
-        LossSettings(entropy_coef=entropy_coef),
-    )  # fmt: skip
+    return loss_of_stats(given, logprob, entropy, entropy_coef)
 
 
 def trl(given: LossInputs, entropy_coef: float) -> Tensor:
     """The fused head of TRL 1.16's GRPOTrainer: tiles of the vocabulary, computed again in backward
-    (Triton on CUDA)."""
+    (by Triton on CUDA)."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE
 
     logprob, entropy, *_ = ChunkedLogProbFunction.apply(
         given.hidden, given.head, None, given.targets, 1.0, TILE, None, 1.0, ("entropy",)
     )
-    return token_loss(
-        logprob, entropy, given.old_logprob, given.advantages, given.weights,
-        LossSettings(entropy_coef=entropy_coef),
-    )  # fmt: skip
+    return loss_of_stats(given, logprob, entropy, entropy_coef)
 
 
 def fused(given: LossInputs, entropy_coef: float, chunk_size: int | None = None) -> Tensor:
@@ -132,85 +136,24 @@ def fused(given: LossInputs, entropy_coef: float, chunk_size: int | None = None)
     return fused_policy_loss(*given, settings, chunk_size=chunk_size).loss
 
 
+def loss_of_stats(
+    given: LossInputs, logprob: Tensor, entropy: Tensor, entropy_coef: float
+) -> Tensor:
+    """The loss from log-probs and entropies, (N,) each."""
+    return token_loss(
+        logprob, entropy, given.old_logprob, given.advantages, given.weights,
+        LossSettings(entropy_coef=entropy_coef),
+    )  # fmt: skip
+
+
 WAYS = (full, selective, recomputed, trl, fused)
 LOSSES = {way.__name__: way for way in WAYS}
-COPIES = {"full": 6, "selective": 3}  # of the logits that a way holds, about; the others: none
+COPIES = {"full": 6, "selective": 3}  # how many copies of the logits a way holds, about; else none
 
 
-def measure_loss(
-    way: str,
-    tokens: int,
-    vocabulary: int,
-    width: int,
-    device: str,
-    dtype: str,
-    chunk_size: int | None = None,
-) -> tuple[float, float]:
-    """Seconds and peak extra GiB of a loss's value and gradients; run in a process of its own,
-    since peaks never fall."""
-    generator = torch.Generator(device).manual_seed(0)
-    sizes = {} if chunk_size is None else {"chunk_size": chunk_size}
-
-    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
-
-    def measure(tokens: int, vocabulary: int) -> tuple[float, float]:
-        given = LossInputs(
-            hidden=normal(tokens, width, dtype=getattr(torch, dtype)).requires_grad_(),
-            head=normal(vocabulary, width, dtype=getattr(torch, dtype)).mul_(0.02).requires_grad_(),
-            targets=torch.randint(vocabulary, (tokens,), device=device, generator=generator),
-            old_logprob=normal(tokens) * 0.1 - 12,
-            advantages=normal(tokens),
-            weights=torch.rand(tokens, device=device, generator=generator),
-        )
-        before, seconds = peak_gib(device), []
-        for _ in range(2):  # the first pays for fresh memory
-            given.hidden.grad = given.head.grad = None
-            began = time.perf_counter()
-            LOSSES[way](given, entropy_coef=0.001, **sizes).backward()
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        return min(seconds), peak_gib(device) - before
-
-    measure(64, 1024)  # the libraries set themselves up
-    return measure(tokens, vocabulary)
-
-
-def measure_in_child(way: str, *sizes) -> tuple[float, float] | None:
-    """`measure_loss` in a process of its own; None, with a line on the screen, if it fails."""
-    command = [sys.executable, "-m", "studies.bench", "--child", way, *map(str, sizes)]
-    child = subprocess.run(command, capture_output=True, text=True)
-    if child.returncode:
-        tokens, vocabulary, *_ = sizes
-        reason = child.stderr.strip()[-200:]
-        print(f"loss, {way}, {tokens} tokens, vocabulary {vocabulary}: failed: {reason}")
-        return None
-    return tuple(json.loads(child.stdout))
-
-
-def peak_gib(device: str) -> float:
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**30
-    # not getrusage's ru_maxrss, which starts at the parent's
-    return kilobytes("/proc/self/status", "VmHWM") / 2**20
-
-
-def kilobytes(path: str, field: str) -> int:
-    """A line of Linux's counts."""
-    lines = Path(path).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def bench_loss(args: argparse.Namespace, results: Results) -> None:
-    if args.device == "cpu":
-        memory = kilobytes("/proc/meminfo", "MemAvailable") / 2**20
-    else:
-        memory = torch.cuda.mem_get_info()[1] / 2**30
+def bench_loss(args: argparse.Namespace) -> Iterator[Result]:
+    """Seconds and memory of each way at each size; a ratio is to the way with all logits."""
+    memory = free_gib(args.device)
     for vocabulary, tokens in itertools.product(args.vocabulary, args.tokens):
         size = f"{tokens} tokens, vocabulary {vocabulary}"
         costs = {}
@@ -222,17 +165,368 @@ def bench_loss(args: argparse.Namespace, results: Results) -> None:
             cost = measure_in_child(way, tokens, vocabulary, args.width, args.device, args.dtype)
             if cost:
                 costs[way] = cost
-        base_seconds, base_gib = costs.get("full", (0, 0))  # small work may not show in the peak
-        for way, (seconds, gib) in costs.items():
-            ratio = seconds / base_seconds if base_seconds else None
-            results.add("loss", f"seconds: {way}, {size}", seconds, ratio)
-            ratio = gib / base_gib if base_gib else None
-            results.add("loss", f"extra GiB: {way}, {size}", gib, ratio)
+        of_full = costs.get("full")
+        for way, cost in costs.items():
+            ratios = (None, None)
+            if of_full:
+                # the memory of small work may not show in the peak
+                gib_ratio = cost.gib / of_full.gib if of_full.gib else None
+                ratios = cost.seconds / of_full.seconds, gib_ratio
+            yield Result(f"seconds: {way}, {size}", cost.seconds, ratios[0])
+            yield Result(f"extra GiB: {way}, {size}", cost.gib, ratios[1])
 
 
-# -------------------------------------------------------------------------- the work that all share
+class Cost(NamedTuple):
+    """Of a loss's value and gradients."""
+
+    seconds: float
+    gib: float  # the peak beyond the inputs
+
+
+def measure_in_child(way: str, *sizes) -> Cost | None:
+    """`measure_loss` in a process of its own, since a process's peak of memory never falls. None,
+    after a line on the screen, if it fails."""
+    command = [sys.executable, "-m", "studies.bench", "--child", way, *map(str, sizes)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if child.returncode:
+        tokens, vocabulary, *_ = sizes
+        reason = child.stderr.strip()[-200:]
+        print(f"loss, {way}, {tokens} tokens, vocabulary {vocabulary}: failed: {reason}")
+        return None
+    return Cost(*json.loads(child.stdout))
+
+
+def child(words: list[str]) -> None:
+    """Print [seconds, GiB] of: way, tokens, vocabulary, width, device, dtype, and for the ways that
+    take one a chunk size."""
+    way, tokens, vocabulary, width, device, dtype, *rest = words
+    chunk_size = int(rest[0]) if rest else None
+    sizes = int(tokens), int(vocabulary), int(width)
+    cost = measure_loss(way, *sizes, device, dtype, chunk_size)
+    print(json.dumps(cost))
+
+
+def measure_loss(
+    way: str,
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    device: str,
+    dtype: str,
+    chunk_size: int | None = None,
+) -> Cost:
+    """The cost of a loss's value and gradients, the faster of two times."""
+    options = {} if chunk_size is None else {"chunk_size": chunk_size}
+    loss = partial(LOSSES[way], entropy_coef=0.001, **options)
+    generator = torch.Generator(device).manual_seed(0)
+    time_loss(loss, random_inputs(64, 1024, width, dtype, generator))  # libraries set up
+    given = random_inputs(tokens, vocabulary, width, dtype, generator)
+    before = peak_gib(device)
+    seconds = [time_loss(loss, given) for _ in range(2)]  # the first pays for fresh memory
+    return Cost(min(seconds), peak_gib(device) - before)
+
+
+def random_inputs(
+    tokens: int, vocabulary: int, width: int, dtype: str, generator: torch.Generator
+) -> LossInputs:
+    """The inputs of a loss, on the generator's device."""
+    options = {"device": generator.device, "generator": generator}
+    precision = getattr(torch, dtype)
+    hidden = torch.randn(tokens, width, dtype=precision, **options)
+    head = torch.randn(vocabulary, width, dtype=precision, **options).mul_(0.02)
+    return LossInputs(
+        hidden=hidden.requires_grad_(),
+        head=head.requires_grad_(),
+        targets=torch.randint(vocabulary, (tokens,), **options),
+        old_logprob=torch.randn(tokens, **options) * 0.1 - 12,
+        advantages=torch.randn(tokens, **options),
+        weights=torch.rand(tokens, **options),
+    )
+
+
+def time_loss(loss: Callable[[LossInputs], Tensor], given: LossInputs) -> float:
+    """Seconds of the value and the gradients."""
+    given.hidden.grad = None
+    given.head.grad = None
+    seconds, _ = timed(given.hidden.device.type, lambda: loss(given).backward())
+    return seconds
+
+
+def peak_gib(device: str) -> float:
+    """The most memory that this process has used."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    # not getrusage's ru_maxrss: a child begins with its parent's
+    return kilobytes("/proc/self/status", "VmHWM") / 2**20
+
+
+def free_gib(device: str) -> float:
+    """The memory that is there to use."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[1] / 2**30
+    return kilobytes("/proc/meminfo", "MemAvailable") / 2**20
+
+
+def kilobytes(path: str, name: str) -> int:
+    """One of the counts that Linux keeps."""
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+# ------------------------------------------------------------------------------------------- update
+def bench_update(args: argparse.Namespace) -> Iterator[Result]:
+    """The reference's pass, the weights and the mini-batches, on one iteration's rollouts, which
+    both arms share."""
+    player = load_policy(start_folder("frozenlake"), args.device)
+    seeds = repeated(range(args.prompts), GROUP)
+    rollouts = rollout(player, frozen_lake, seeds)
+    advantages = group_advantages(rollouts.rewards, GROUP)
+    policy = shaped_policy(args)
+    reference = policy.frozen_copy()
+
+    def cost(arm: Arm, kl_coef: float) -> float:
+        config = Config(kl_coef=kl_coef, micro_tokens=args.micro_tokens)
+        optimizer = torch.optim.Adam(policy.model.parameters(), lr=0.0)
+        work = partial(learn, policy, reference, optimizer, rollouts, advantages, arm, config)
+        seconds, _ = timed(args.device, work)
+        return seconds
+
+    for kl_coef, kl in ((0.0, "KL off"), (0.001, "KL on")):
+        grpo = partial(cost, ARMS["grpo"], kl_coef)
+        actfocus = partial(cost, ARMS["actfocus"], kl_coef)
+        medians = compare_in_turn(grpo, actfocus, args.repeats)
+        yield Result(f"GRPO, {kl}, seconds", medians.one)
+        what = f"ActFocus, {kl}, seconds; ratio: over GRPO"
+        yield Result(what, medians.other, medians.ratio)
+
+
+def learn(
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    arm: Arm,
+    config: Config,
+) -> None:
+    """Stages 6 and 7 of train_grpo.py: the reference's pass, the weights, the update. advantages:
+    (B,). reference: may be None for an arm that does not ask it."""
+    asked = arm.needs_reference or config.kl_coef
+    frozen = read(reference if asked else None, rollouts, config)
+    weights = arm.weights(rollouts, frozen, seed=0)
+    advantages = advantages[:, None].expand(weights.shape)  # (B, T)
+    rng, guard = random.Random(0), Guard("bench")
+    update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard)
+
+
+# ------------------------------------------------------------------------------------------ rollout
+def bench_rollout(args: argparse.Namespace) -> Iterator[Result]:
+    """Sampled tokens a second of the same episodes."""
+    policy = load_policy(start_folder("frozenlake"), args.device)
+    plain = load_policy(start_folder("frozenlake"), args.device)
+    use_plain_attention(plain)
+    seeds = repeated(range(args.prompts), GROUP)
+
+    def ours() -> float:
+        seconds, rollouts = timed(args.device, lambda: rollout(policy, frozen_lake, seeds))
+        return seconds / rollouts.response.sum().item()
+
+    def theirs() -> float:
+        seconds, sampled = timed(args.device, lambda: generate_loop(plain, seeds))
+        return seconds / sampled
+
+    medians = compare_in_turn(ours, theirs, args.repeats)
+    what = "ours, sampled tokens a second; ratio: over the generate loop"
+    yield Result(what, 1 / medians.one, medians.ratio)
+    yield Result("generate loop, sampled tokens a second", 1 / medians.other)
+
+
+def generate_loop(policy: Policy, seeds: list[int]) -> int:
+    """What small repositories do: every turn, each whole conversation is written out, encoded,
+    padded on the left, and given to `model.generate`. Returns how many tokens were sampled."""
+    tokenizer = policy.tokenizer
+    tokenizer.padding_side = "left"
+    envs, conversations, sampled = [], [], 0
+    for seed in seeds:
+        env = frozen_lake()
+        system = {"role": "system", "content": env.system}
+        conversations.append([system, {"role": "user", "content": env.reset(seed)}])
+        envs.append(env)
+    while playing := [i for i, env in enumerate(envs) if not env.done]:
+        texts = [
+            tokenizer.apply_chat_template(
+                conversations[i], tools=envs[i].tools, tokenize=False, add_generation_prompt=True
+            )
+            for i in playing
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = batch.to(policy.device)
+        with policy.autocast():
+            ids = policy.model.generate(
+                **batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=160,
+                eos_token_id=policy.end_of_turn, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        turns = ids[:, batch["input_ids"].shape[1] :].tolist()
+        for i, turn in zip(playing, turns, strict=True):
+            if policy.end_of_turn in turn:
+                turn = turn[: turn.index(policy.end_of_turn)]
+                sampled += 1  # the end of the turn
+            sampled += len(turn)
+            reply = tokenizer.decode(turn)
+            conversations[i].append({"role": "assistant", "content": reply})
+            observation = envs[i].step(reply).observation
+            conversations[i].append({"role": "tool", "content": observation})
+    return sampled
+
+
+# ---------------------------------------------------------------------------------------- iteration
+def bench_iteration(args: argparse.Namespace) -> Iterator[Result]:
+    """16 prompts x 8 completions of 256 tokens, then four optimizer steps of 32 completions."""
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        print("iteration: left out, TRL is not installed (pip install trl)")
+        return
+    policy = shaped_policy(args)
+    play_to_the_limit(policy)
+    reference = policy.frozen_copy()
+    config = Config(entropy_coef=0.0, micro_tokens=args.micro_tokens)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-4)
+    number = itertools.count()
+
+    def iterate(arm: Arm) -> None:
+        seeds = repeated(range(16), GROUP)
+        limits = {"max_turn_tokens": args.completion, "sampling_seed": next(number)}
+        rollouts = rollout(policy, Babble, seeds, **limits)
+        advantages = group_advantages(rollouts.rewards, GROUP)
+        learn(policy, reference, optimizer, rollouts, advantages, arm, config)
+
+    def time_ours(repeats: int) -> dict[str, list[float]]:
+        return {
+            label: [timed(args.device, partial(iterate, arm))[0] for _ in range(repeats)]
+            for label, arm in COMPARED.items()
+        }
+
+    for arm in COMPARED.values():  # warm up
+        iterate(arm)
+    before = time_ours(args.repeats // 2)  # before and after TRL's: the machine's speed drifts
+    theirs = statistics.median(time_trl(args, policy))
+    after = time_ours(1 + args.repeats // 2)
+    for label in COMPARED:
+        ours = statistics.median(before[label] + after[label])
+        yield Result(f"ours, {label}, seconds; ratio: TRL over ours", ours, theirs / ours)
+    yield Result("TRL's GRPOTrainer, seconds", theirs)
+
+
+def time_trl(args: argparse.Namespace, policy: Policy) -> list[float]:
+    """Seconds of iterations of TRL's trainer, each an update and a generation."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    stamps, steps = [], 4
+
+    def reward(completions: list[str], **_) -> list[float]:  # called once an iteration
+        stamps.append(time.perf_counter())
+        return [reward_of(each) for each in completions]
+
+    prompts = [policy.prompt(Babble.system, [], Babble().reset(seed)) for seed in range(16)]
+    plain = shaped_policy(args)
+    use_plain_attention(plain)
+    with tempfile.TemporaryDirectory() as folder:
+        options = GRPOConfig(
+            folder, per_device_train_batch_size=32, steps_per_generation=steps,
+            num_generations=GROUP, beta=0.0, learning_rate=3e-4, temperature=1.0, top_k=0,
+            max_completion_length=args.completion,
+            generation_kwargs={"min_new_tokens": args.completion},
+            max_steps=steps * (args.repeats + 2),
+            use_cpu=args.device == "cpu", bf16=args.device != "cpu", gradient_checkpointing=False,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        data = Dataset.from_dict({"prompt": [policy.tokenizer.decode(ids) for ids in prompts]})
+        trainer = GRPOTrainer(plain.model, reward, options, data, processing_class=policy.tokenizer)
+        trainer.train()
+    return [after - before for before, after in itertools.pairwise(stamps)][1:]
+
+
+# ------------------------------------------------------------------------------------------- growth
+def bench_growth(args: argparse.Namespace) -> Iterator[Result]:
+    """Microseconds a sampled token, the least over the repeats, while one size grows: of playing
+    and of the update, and of the loss. Draws growth.png."""
+    policy = shaped_policy(args)
+    play_to_the_limit(policy)
+    config = Config(micro_tokens=args.micro_tokens)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+
+    def play_and_update(episodes: int, positions: int) -> tuple[float, float]:
+        limits = {"max_turn_tokens": positions, "max_tokens": positions}
+        play = partial(rollout, policy, Babble, range(episodes), **limits)
+        playing, rollouts = timed(args.device, play)
+        advantages = torch.ones(episodes, device=args.device)
+        work = partial(learn, policy, None, optimizer, rollouts, advantages, ARMS["grpo"], config)
+        learning, _ = timed(args.device, work)
+        millions = rollouts.response.sum().item() / 1e6
+        return playing / millions, learning / millions
+
+    def losses(vocabulary: int) -> tuple[float, float]:
+        sizes = 1024, vocabulary, args.width, args.device, args.dtype
+        seconds = [measure_loss(way, *sizes).seconds for way in ("full", "fused")]
+        return seconds[0] / 1024e-6, seconds[1] / 1024e-6
+
+    play_and_update(32, 64)  # warm up
+    both, ways = ("playing", "update"), ("all logits", "fused")
+    curves = (
+        Curve("rows", args.rows, lambda size: play_and_update(size, 256), both, "256 positions"),
+        Curve("positions", args.positions, lambda size: play_and_update(64, size), both, "64 rows"),
+        Curve(
+            "vocabulary", args.vocabulary, losses, ways,
+            f"the loss alone: 1024 tokens, width {args.width}",
+        ),
+    )  # fmt: skip
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[1].sharey(panels[0])
+    for axes, curve in zip(panels, curves, strict=True):
+        least = measure_curve(curve, args.repeats)
+        draw_curve(axes, curve, least)
+        for name, values in zip(curve.names, least, strict=True):
+            for size, value in zip(curve.sizes, values, strict=True):
+                what = f"{name}, {size} {curve.label}, microseconds a token; "
+                what += f"ratio: over {curve.sizes[0]}"
+                yield Result(what, value, value / values[0])
+    figure.savefig(args.out / "growth.png", dpi=150)
+
+
+class Curve(NamedTuple):
+    """What is measured while one size grows."""
+
+    label: str  # of the size
+    sizes: list[int]
+    cost: Callable[[int], tuple[float, float]]  # microseconds a token, of two things
+    names: tuple[str, str]  # of these two
+    title: str
+
+
+def measure_curve(curve: Curve, repeats: int) -> list[list[float]]:
+    """The least cost of each of the two things at each size. All sizes are measured in turn, again
+    and again, since the machine's speed drifts."""
+    rounds = [[curve.cost(size) for size in curve.sizes] for _ in range(repeats)]
+    return torch.tensor(rounds).amin(0).T.tolist()  # (repeats, sizes, 2) to (2, sizes)
+
+
+def draw_curve(axes: Axes, curve: Curve, least: list[list[float]]) -> None:
+    """A line for each of the two things over the sizes. least: of `measure_curve`."""
+    for name, values in zip(curve.names, least, strict=True):
+        axes.loglog(curve.sizes, values, "o-", base=2, label=name)
+    axes.set(title=curve.title, xlabel=curve.label, ylabel="microseconds a sampled token")
+    axes.set(xticks=curve.sizes, xticklabels=curve.sizes)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+# --------------------------------------------------------------------------- what sections share
 class Babble:
-    """One turn about nothing, whose length is the limit's: the same work for everyone, whatever the
+    """One turn about nothing, as long as the limit allows: the same work for everyone, whatever the
     model says."""
 
     system, tools, done = "Say anything.", [], True
@@ -250,20 +544,18 @@ class Babble:
 
 
 def reward_of(reply: str) -> float:
+    """Some number that differs between replies."""
     return reply.count("e") / 100
 
 
 def frozen_lake():
+    """The world of the sections that play a game."""
     return make_env("frozenlake")
 
 
-def seeds_of(prompts: int) -> list[int]:
-    return [seed for seed in range(prompts) for _ in range(GROUP)]
-
-
 def shaped_policy(args: argparse.Namespace) -> Policy:
-    """The built-in model, or one of another's shape with random weights and the built-in
-    tokenizer."""
+    """The built-in model; or with --shape a model of that shape, with random weights and the
+    built-in tokenizer."""
     policy = load_policy(start_folder("frozenlake"), args.device)
     if not args.shape:
         return policy
@@ -279,60 +571,45 @@ def shaped_policy(args: argparse.Namespace) -> Policy:
     return Policy(model, tokenizer)
 
 
-def stock(policy: Policy) -> Policy:
-    """With attention as transformers has it, for what is compared with."""
+def use_plain_attention(policy: Policy) -> None:
+    """Attention as transformers has it, for what we are compared with."""
     policy.model.set_attn_implementation("sdpa")
-    return policy
 
 
-def endless(policy: Policy) -> Policy:
-    """A turn ends at its limit only, so that all rows are equally long."""
+def play_to_the_limit(policy: Policy) -> None:
+    """A turn ends at its limit only, so that all episodes are equally long."""
     policy.control_tokens = frozenset()
-    return policy
 
 
-def learn(
-    policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts, advantages: Tensor, arm: Arm, config: Config,
-) -> None:  # fmt: skip
-    """Stages 6 and 7 of train_grpo.py: reference pass, weights, update."""
-    response = rollouts.response
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
-    signal = torch.zeros(response.shape, device=policy.device)
-    if arm.beta or config.kl_coef:
-        chosen = response if config.kl_coef else action
-        frozen = score(reference, rollouts, chosen, config)
-        signal = token_signals(frozen, rollouts.old_logprob)[arm.signal]
-    weights = actfocus_weights(signal, reasoning, action, response, arm.alpha, arm.beta)
-    ref_logprob = frozen.logprob if config.kl_coef else None
-    rng = random.Random(0)
-    advantages = advantages[:, None].expand(response.shape)  # (B, T)
-    update(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, Guard())
-
-
-def timed(args: argparse.Namespace, work: Callable[[], object]) -> tuple[float, object]:
-    synchronize(args.device)
+def timed(device: str, work: Callable[[], object]) -> tuple[float, object]:
+    """Seconds of some work, and what it returned."""
+    synchronize(device)
     began = time.perf_counter()
     result = work()
-    synchronize(args.device)
+    synchronize(device)
     return time.perf_counter() - began, result
 
 
+def synchronize(device: str) -> None:
+    """Wait for a GPU to finish what it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 class Medians(NamedTuple):
+    """Of two costs that were measured in turn."""
+
     one: float
     other: float
     ratio: float  # the median of other / one
 
 
-def side_by_side(
-    args: argparse.Namespace, one: Callable[[], float], other: Callable[[], float]
-) -> Medians:
-    """Two costs, measured in turns, since the machine's speed drifts."""
+def compare_in_turn(one: Callable[[], float], other: Callable[[], float], repeats: int) -> Medians:
+    """Measure two costs in turn, each first every second time, since the machine's speed drifts."""
     one()  # warm up
     other()
     ones, others = [], []
-    for i in range(args.repeats):
+    for i in range(repeats):
         if i % 2:
             ones.append(one())
             others.append(other())
@@ -343,244 +620,7 @@ def side_by_side(
     return Medians(statistics.median(ones), statistics.median(others), statistics.median(ratios))
 
 
-# ------------------------------------------------------------------------------------------- update
-def bench_update(args: argparse.Namespace, results: Results) -> None:
-    """Reference pass, weights and mini-batches on the rollouts of one iteration, which both arms
-    share."""
-    player = load_policy(start_folder("frozenlake"), args.device)
-    rollouts = rollout(player, frozen_lake, seeds_of(args.prompts))
-    advantages = group_advantages(rollouts.rewards, GROUP)
-    policy = shaped_policy(args)
-    reference = policy.frozen_copy()
-
-    def cost(arm: Arm, kl_coef: float) -> float:
-        config = Config(kl_coef=kl_coef, micro_tokens=args.micro_tokens)
-        optimizer = torch.optim.Adam(policy.model.parameters(), lr=0.0)
-        seconds, _ = timed(
-            args, lambda: learn(policy, reference, optimizer, rollouts, advantages, arm, config)
-        )
-        return seconds
-
-    for kl_coef, kl in ((0.0, "KL off"), (0.001, "KL on")):
-        grpo, act, ratio = side_by_side(
-            args,
-            partial(cost, ARMS["grpo"], kl_coef),
-            partial(cost, ARMS["actfocus"], kl_coef),
-        )
-        results.add("update", f"GRPO, {kl}, seconds", grpo)
-        results.add("update", f"ActFocus, {kl}, seconds; ratio: over GRPO", act, ratio)
-    if args.device != "cpu":  # 2 FLOPs a weight and token forward, 4 backward; attention left out
-        flops = 6 * policy.model.num_parameters() * rollouts.lengths.sum().item()
-        what = f"share of a peak of {args.peak_tflops:g} TFLOP/s"
-        what += " (GRPO with KL, reference pass left out)"
-        results.add("update", what, flops / grpo / args.peak_tflops / 1e12)
-
-
-# ------------------------------------------------------------------------------------------ rollout
-def generate_loop(policy: Policy, seeds: list[int]) -> int:
-    """What small repositories do: each turn, the whole conversation is written out, encoded, padded
-    on the left, and given to `model.generate`. Returns how many tokens were sampled."""
-    envs, talks, sampled, tokenizer = [], [], 0, policy.tokenizer
-    for seed in seeds:
-        envs.append(frozen_lake())
-        system = {"role": "system", "content": envs[-1].system}
-        talks.append([system, {"role": "user", "content": envs[-1].reset(seed)}])
-    tokenizer.padding_side = "left"
-    while playing := [i for i, env in enumerate(envs) if not env.done]:
-        texts = [
-            tokenizer.apply_chat_template(
-                talks[i], tools=envs[i].tools, tokenize=False, add_generation_prompt=True
-            )
-            for i in playing
-        ]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        batch = batch.to(policy.device)
-        with policy.autocast():
-            ids = policy.model.generate(
-                **batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=160,
-                eos_token_id=policy.end_of_turn, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-        for i, turn in zip(playing, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            ended = policy.end_of_turn in turn
-            turn = turn[: turn.index(policy.end_of_turn)] if ended else turn
-            sampled += len(turn) + ended
-            reply = tokenizer.decode(turn)
-            talks[i].append({"role": "assistant", "content": reply})
-            talks[i].append({"role": "tool", "content": envs[i].step(reply).observation})
-    return sampled
-
-
-def bench_rollout(args: argparse.Namespace, results: Results) -> None:
-    policy = load_policy(start_folder("frozenlake"), args.device)
-    plain = stock(load_policy(start_folder("frozenlake"), args.device))
-    seeds = seeds_of(args.prompts)
-
-    def ours() -> float:
-        seconds, rollouts = timed(args, lambda: rollout(policy, frozen_lake, seeds))
-        return seconds / rollouts.response.sum().item()
-
-    def theirs() -> float:
-        seconds, sampled = timed(args, lambda: generate_loop(plain, seeds))
-        return seconds / sampled
-
-    one, other, ratio = side_by_side(args, ours, theirs)
-    what = "ours, sampled tokens a second; ratio: over the generate loop"
-    results.add("rollout", what, 1 / one, ratio)
-    results.add("rollout", "generate loop, sampled tokens a second", 1 / other)
-
-
-# ---------------------------------------------------------------------------------------- iteration
-def bench_iteration(args: argparse.Namespace, results: Results) -> None:
-    """16 prompts x 8 completions of 256 tokens, then four optimizer steps of 32 completions."""
-    try:
-        import trl  # noqa: F401
-    except ImportError:
-        print("iteration: left out, TRL is not installed (pip install trl)")
-        return
-    policy = endless(shaped_policy(args))
-    reference = policy.frozen_copy()
-    config = Config(entropy_coef=0.0, micro_tokens=args.micro_tokens)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-4)
-    number = itertools.count()
-    costs = {label: [] for label in COMPARED}
-
-    def iterate(arm: Arm) -> None:
-        rollouts = rollout(
-            policy,
-            Babble,
-            seeds_of(16),
-            max_turn_tokens=args.completion,
-            sampling_seed=next(number),
-        )
-        advantages = group_advantages(rollouts.rewards, GROUP)
-        learn(policy, reference, optimizer, rollouts, advantages, arm, config)
-
-    def measure_ours(repeats: int) -> None:
-        for label, arm in COMPARED.items():
-            for _ in range(repeats):
-                seconds, _ = timed(args, partial(iterate, arm))
-                costs[label].append(seconds)
-
-    for arm in COMPARED.values():  # warm up
-        iterate(arm)
-    measure_ours(args.repeats // 2)  # before and after TRL's, since the machine's speed drifts
-    theirs = trl_iterations(args, policy)
-    measure_ours(1 + args.repeats // 2)
-    for label in COMPARED:
-        ours = statistics.median(costs[label])
-        what = f"ours, {label}, seconds; ratio: TRL over ours"
-        results.add("iteration", what, ours, statistics.median(theirs) / ours)
-    results.add("iteration", "TRL's GRPOTrainer, seconds", statistics.median(theirs))
-
-
-def trl_iterations(args: argparse.Namespace, policy: Policy) -> list[float]:
-    """Seconds of iterations of TRL's trainer: an update and a generation each."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    stamps, steps = [], 4
-
-    def reward(completions: list[str], **_) -> list[float]:  # called once an iteration
-        stamps.append(time.perf_counter())
-        return [reward_of(each) for each in completions]
-
-    prompts = [policy.prompt(Babble.system, [], Babble().reset(seed)) for seed in range(16)]
-    with tempfile.TemporaryDirectory() as folder:
-        options = GRPOConfig(
-            folder, per_device_train_batch_size=32, steps_per_generation=steps,
-            num_generations=GROUP, beta=0.0, learning_rate=3e-4, temperature=1.0, top_k=0,
-            max_completion_length=args.completion,
-            generation_kwargs={"min_new_tokens": args.completion},
-            max_steps=steps * (args.repeats + 2),
-            use_cpu=args.device == "cpu", bf16=args.device != "cpu", gradient_checkpointing=False,
-            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        data = Dataset.from_dict({"prompt": [policy.tokenizer.decode(ids) for ids in prompts]})
-        model = stock(shaped_policy(args)).model
-        trainer = GRPOTrainer(model, reward, options, data, processing_class=policy.tokenizer)
-        trainer.train()
-    return [after - before for before, after in itertools.pairwise(stamps)][1:]
-
-
-# ------------------------------------------------------------------------------------------- growth
-def bench_growth(args: argparse.Namespace, results: Results) -> None:
-    """Microseconds a sampled token (the least over the repeats) while one size grows: of playing
-    and the update, and of the loss."""
-    policy = endless(shaped_policy(args))
-    config = Config(micro_tokens=args.micro_tokens)
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
-
-    def costs(rows: int, positions: int) -> tuple[float, float]:
-        limits = {"max_turn_tokens": positions, "max_tokens": positions}
-        playing, rollouts = timed(args, lambda: rollout(policy, Babble, range(rows), **limits))
-        advantages = torch.ones(rows, device=args.device)
-        learning, _ = timed(
-            args, lambda: learn(policy, None, optimizer, rollouts, advantages, ARMS["grpo"], config)
-        )
-        tokens = rollouts.response.sum().item() / 1e6
-        return playing / tokens, learning / tokens
-
-    def loss_costs(vocabulary: int) -> list[float]:
-        return [
-            measure_loss(way, 1024, vocabulary, args.width, args.device, args.dtype)[0] / 1024e-6
-            for way in ("full", "fused")
-        ]
-
-    costs(32, 64)  # warm up
-    figure, repeats = Figure(figsize=(13, 4), layout="constrained"), range(args.repeats)
-    left, middle, right = figure.subplots(1, 3)
-    middle.sharey(left)
-    # All sizes in turn, several times, since the machine's speed drifts.
-    rounds = [[costs(size, 256) for size in args.rows] for _ in repeats]
-    left.set_title("256 positions")
-    draw_growth(left, results, "rows", args.rows, rounds, ("playing", "update"))
-    rounds = [[costs(64, size) for size in args.positions] for _ in repeats]
-    middle.set_title("64 rows")
-    draw_growth(middle, results, "positions", args.positions, rounds, ("playing", "update"))
-    rounds = [[loss_costs(size) for size in args.vocabulary] for _ in repeats]
-    right.set_title(f"the loss alone: 1024 tokens, width {args.width}")
-    draw_growth(right, results, "vocabulary", args.vocabulary, rounds, ("all logits", "fused"))
-    figure.savefig(args.out / "growth.png", dpi=150)
-
-
-def draw_growth(
-    axes: Axes,
-    results: Results,
-    label: str,
-    sizes: list[int],
-    rounds: list[list],
-    names: tuple[str, str],
-) -> None:
-    """A line per name over the sizes. rounds: (repeats, sizes, 2), microseconds a token."""
-    least = torch.tensor(rounds).amin(0).T.tolist()  # (2, sizes)
-    for name, values in zip(names, least, strict=True):
-        axes.loglog(sizes, values, "o-", base=2, label=name)
-        for size, value in zip(sizes, values, strict=True):
-            what = f"{name}, {size} {label}, microseconds a token; ratio: over {sizes[0]}"
-            results.add("growth", what, value, value / values[0])
-    axes.set(xlabel=label, ylabel="microseconds a sampled token", xticks=sizes, xticklabels=sizes)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-
-
 # --------------------------------------------------------------------------------------------- main
-class Results:
-    """Prints each result and keeps it in bench.csv."""
-
-    def __init__(self, path: Path, machine: str):
-        self.path, self.machine = path, machine
-        if not path.exists():
-            path.write_text("section,what,value,ratio,machine\n")
-
-    def add(self, section: str, what: str, value: float, ratio: float | None = None) -> None:
-        shown = "" if ratio is None else f"   ratio {ratio:.3f}"
-        print(f"{section:10} {what:88} {value:10.4g}{shown}", flush=True)
-        cells = [section, what, f"{value:.6g}", "" if ratio is None else f"{ratio:.4g}"]
-        with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([*cells, self.machine])
-
-
 SECTIONS = {
     "loss": bench_loss,
     "update": bench_update,
@@ -590,51 +630,80 @@ SECTIONS = {
 }
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
+    args = parse_flags(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine(args.device)
+    for section in args.sections or SECTIONS:
+        for result in SECTIONS[section](args):
+            write(args.out / "bench.csv", section, result, machine)
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The sections to run, and their sizes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flag, named = parser.add_argument, ", ".join(SECTIONS)
-    flag("sections", nargs="*", help=f"of {named}; all if none is given")
-    flag("--device", default="cpu")
-    flag("--shape", choices=list(SHAPES), help="of the model but in rollout; or the built-in one")
-    flag("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="of the loss")
-    flag("--vocabulary", type=int, nargs="+", default=[600, 32_000, 151_936], help="of the loss")
-    flag("--width", type=int, default=896, help="of the hidden states, in the loss")
-    flag("--dtype", choices=["float32", "bfloat16"], default="float32", help="in the loss")
-    flag("--rows", type=int, nargs="+", default=[32, 64, 128, 256, 512], help="in growth")
-    flag("--positions", type=int, nargs="+", default=[256, 512, 1024, 2048], help="in growth")
-    flag("--prompts", type=int, default=16, help="of 8 rollouts each, in update and rollout")
-    flag("--completion", type=int, default=256, help="tokens of each completion, in iteration")
-    flag("--micro-tokens", type=int, default=8192)
-    flag("--repeats", type=int, default=5, help="of what is timed in turn")
+    flag, names = parser.add_argument, ", ".join(SECTIONS)
+    flag("sections", nargs="*", help=f"The sections to run, of {names}; all if none is given.")
+    flag("--device", default="cpu", help="The torch device.")
+    flag("--shape", choices=list(SHAPES), help="The model's shape, in all sections but rollout.")
+    flag("--tokens", type=int, nargs="+", default=[1024, 4096, 16384], help="Sizes of the loss.")
     flag(
-        "--peak-tflops", type=float, default=989, help="of the GPU in bfloat16; an H100's or H200's"
-    )
-    flag("--out", type=Path, default=Path("runs/bench"))
+        "--vocabulary", type=int, nargs="+", default=[600, 32_000, 151_936],
+        help="Sizes of the vocabulary, in loss and growth.",
+    )  # fmt: skip
+    flag("--width", type=int, default=896, help="The width of the hidden states, in the loss.")
+    flag(
+        "--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="The precision of the hidden states, in the loss.",
+    )  # fmt: skip
+    flag(
+        "--rows", type=int, nargs="+", default=[32, 64, 128, 256, 512],
+        help="How many episodes are played at once, in growth.",
+    )  # fmt: skip
+    flag(
+        "--positions", type=int, nargs="+", default=[256, 512, 1024, 2048],
+        help="How long the episodes are, in growth.",
+    )  # fmt: skip
+    flag(
+        "--prompts", type=int, default=16,
+        help=f"How many prompts, of {GROUP} rollouts each, in update and rollout.",
+    )  # fmt: skip
+    flag("--completion", type=int, default=256, help="Tokens of each completion, in iteration.")
+    flag("--micro-tokens", type=int, default=8192, help="Tokens that a forward pass may hold.")
+    flag("--repeats", type=int, default=5, help="How often each thing is timed.")
+    flag("--out", type=Path, default=Path("runs/bench"), help="The folder of the results.")
     args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"there is no section {', '.join(unknown)}: choose of {named}")
+        parser.error(f"there is no section {', '.join(unknown)}: choose of {names}")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+def describe_machine(device: str) -> str:
+    """What the figures were measured on."""
     machine = f"{torch.get_num_threads()} threads of {platform.machine()}"
-    if args.device != "cpu":
+    if device != "cpu":
         machine = torch.cuda.get_device_name()
-    machine += f", torch {torch.__version__}, transformers {transformers.__version__}"
-    results = Results(args.out / "bench.csv", machine)
-    for section in args.sections or SECTIONS:
-        SECTIONS[section](args, results)
+    return f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def write(path: Path, section: str, result: Result, machine: str) -> None:
+    """Print a result, and append it to a CSV."""
+    what, value, ratio = result
+    shown = "" if ratio is None else f"   ratio {ratio:.3f}"
+    print(f"{section:10} {what:88} {value:10.4g}{shown}", flush=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(("section", "what", "value", "ratio", "machine"))
+        cell = "" if ratio is None else f"{ratio:.4g}"
+        writer.writerow((section, what, f"{value:.6g}", cell, machine))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        way, tokens, vocabulary, width, device, dtype, *chunk = sys.argv[2:]
-        chunk_size = int(chunk[0]) if chunk else None
-        sizes = int(tokens), int(vocabulary), int(width)
-        print(json.dumps(measure_loss(way, *sizes, device, dtype, chunk_size)))
+        child(sys.argv[2:])
     else:
         main()

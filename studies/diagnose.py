@@ -3,16 +3,21 @@
     python -m studies.diagnose --env sokoban         # the built-in model plays itself
     python -m studies.diagnose --env sokoban --checkpoint runs/mine/actfocus   # a trained one
 
-First, how much signal and how much noise the policy gradient of the first prompts has, by kind of
-token and under each weighting (gradient_signal.py): signal.csv and signal.png.
+A group is the rollouts of one prompt. GRPO learns from a prompt only if its rollouts end
+differently, so the variance of a group's rewards is what there is to learn from it. The paper finds
+(Figures 1 and 2) that the reference's mean energy over a group's action tokens goes along with that
+variance, and that its mean energy over the reasoning tokens does not.
 
-Then the paper's evidence (Figures 1, 2), over all prompts. GRPO learns from a prompt only if its
-rollouts end differently: the variance of a group's rewards is what there is to learn. The paper
-finds that the reference's mean energy over a group's action tokens goes along with that variance,
-and over its reasoning tokens does not. Measured here are the rank correlations of four signals over
-four choices of tokens, with bootstrap intervals and permutation p-values: groups.csv (a row a
-group), correlations.csv (a row a signal and choice of tokens) and their picture, bottleneck.png.
-And, from transcripts.py, tokens.html and tokens.png: every token coloured by its ActFocus weight.
+A diagnosis plays some groups, batch by batch, and leaves in its folder:
+
+    signal.csv, signal.png      how much signal and how much noise the policy gradient of the first
+                                prompts has, by kind of token and by weighting (gradient_signal.py)
+    tokens.html, tokens.png     some episodes, each sampled token coloured by its ActFocus weight
+    groups.csv                  a row for each group: how it ended, and the means of four signals
+                                over four choices of its tokens
+    correlations.csv            a row for each signal and choice of tokens: its rank correlation
+                                with the reward variance, a bootstrap interval, a permutation p
+    bottleneck.png              the picture of these two tables
 """
 
 from __future__ import annotations
@@ -35,7 +40,6 @@ from arms import SIGNALS, token_signals, turn_numbers
 from energy import TokenStats
 from policy import Policy, load_policy
 from rollout import Rollouts, repeated
-from segment import Segment
 from studies.gradient_signal import (
     PROMPTS_PER_BLOCK,
     Block,
@@ -141,64 +145,96 @@ class DiagnoseConfig:
             raise ValueError(f"--out {self.out} holds a training run: choose another folder")
 
 
+class Batch(NamedTuple):
+    """Whole groups that were played, and what the two policies say of their tokens."""
+
+    prompts: range  # seeds, one for each group
+    rollouts: Rollouts
+    frozen: TokenStats  # (B, T) each, of the reference
+    player_logprob: Tensor  # (B, T), of the policy that played
+
+
 def diagnose(config: DiagnoseConfig) -> None:
     """Play the groups, measure each, correlate, draw."""
     advice = "lower --micro-tokens or --play-batch"
     with memory.explain_out_of_memory(config.device, advice):
-        play_and_measure(config)
+        reference, policy = load_policies(config)
+        out = make_folder(config)
+        blocks_wanted = min(config.blocks, config.groups // PROMPTS_PER_BLOCK)
+        groups, blocks = [], []
+        batches = split_prompts(config)
+        for prompts in tqdm(batches, desc="groups", unit="batch", dynamic_ncols=True):
+            batch = play_and_score(reference, policy, prompts, config)
+            if len(blocks) < blocks_wanted:
+                missing = blocks_wanted - len(blocks)
+                blocks += measure_blocks(
+                    policy, batch.rollouts, batch.frozen, batch.player_logprob, config, missing
+                )
+                if len(blocks) == blocks_wanted:
+                    report_signal(out, blocks, config)
+            if prompts == batches[0]:
+                draw_weights(out, policy, batch, config)
+            groups += measure_groups(batch, config.group_size)
+            write_rows(out / "groups.csv", groups)  # an interrupted diagnosis keeps what it played
+        report_groups(out, groups, config)
 
 
-def play_and_measure(config: DiagnoseConfig) -> None:
-    """What `diagnose` says."""
-    reference, policy = load_policies(config)
+def make_folder(config: DiagnoseConfig) -> Path:
+    """The folder of the results, with the settings in it."""
     out = Path(config.out or new_folder(f"{config.env}-diagnosis"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    groups, blocks, wanted = [], [], min(config.blocks, config.groups // PROMPTS_PER_BLOCK)
-    at_once = PROMPTS_PER_BLOCK * max(1, config.play_batch // block_size(config))
-    starts = range(0, config.groups, at_once)
-    for start in tqdm(starts, desc="groups", unit="batch", dynamic_ncols=True):
-        stop = min(start + at_once, config.groups)
-        prompts = range(DIAGNOSE_SEEDS + start, DIAGNOSE_SEEDS + stop)
-        seeds = repeated(prompts, config.group_size)
-        rollouts = play(policy, config, seeds, config.temperature, config.seed)
-        frozen = score(reference, rollouts, rollouts.response, config)
-        # NOTE: a cached decoding step rounds otherwise than a full forward pass does, and rounding
-        # can correlate. So the player's log-probs come from the latter too, as the reference's:
-        # the shift of a policy from itself is exactly 0.
-        player = frozen
-        if policy is not reference:
-            player = score(policy, rollouts, rollouts.response, config)
-        if len(blocks) < wanted:
-            most = wanted - len(blocks)
-            blocks += measure_blocks(policy, rollouts, frozen, player.logprob, config, most)
-            if len(blocks) >= wanted:
-                report_signal(out, blocks, config)
-        if not groups:  # pictures of tokens come from the first batch
-            draw_weights(out, policy, rollouts, frozen, config)
-        groups += measure(rollouts, frozen, player.logprob, prompts, config.group_size)
-        write_rows(out / "groups.csv", groups)  # an interrupted run keeps what it played
+    return out
+
+
+def split_prompts(config: DiagnoseConfig) -> list[range]:
+    """The seeds of the prompts, in batches of whole blocks that are played at once."""
+    seeds = range(DIAGNOSE_SEEDS, DIAGNOSE_SEEDS + config.groups)
+    blocks_at_once = max(1, config.play_batch // block_size(config))
+    at_once = PROMPTS_PER_BLOCK * blocks_at_once
+    return [seeds[i : i + at_once] for i in range(0, len(seeds), at_once)]
+
+
+def play_and_score(
+    reference: Policy, policy: Policy, prompts: range, config: DiagnoseConfig
+) -> Batch:
+    """Play a group of each prompt, and read every sampled token with both policies."""
+    seeds = repeated(prompts, config.group_size)
+    rollouts = play(policy, config, seeds, config.temperature, config.seed)
+    frozen = score(reference, rollouts, rollouts.response, config)
+    # The rollouts have the player's log-probs already, noted while sampling. But a decoding step
+    # with a cache rounds otherwise than a full forward pass, and rounding can correlate. So both
+    # policies are asked in the same way: the shift of a policy from itself is exactly 0.
+    player = frozen
+    if policy is not reference:
+        player = score(policy, rollouts, rollouts.response, config)
+    return Batch(prompts, rollouts, frozen, player.logprob)
+
+
+def report_signal(out: Path, blocks: list[Block], config: DiagnoseConfig) -> None:
+    """Table and picture of what the gradients show, as soon as it is known."""
+    size = block_size(config)
+    rows = signal_rows(blocks, size)
+    write_rows(out / "signal.csv", rows)
+    title = (
+        f"{config.env}: signal and noise of the policy gradient, {len(blocks)} blocks of "
+        f"{PROMPTS_PER_BLOCK} prompts x {config.group_size} rollouts; 95 % jackknife intervals"
+    )
+    draw_signal(out / "signal.png", rows, size, title)
+    tqdm.write(f"{signal_summary(rows, size)}\n{out / 'signal.png'} shows it\n")
+
+
+def report_groups(out: Path, groups: list[dict[str, float]], config: DiagnoseConfig) -> None:
+    """Tables and picture of what goes along with the variance of a group's rewards."""
     table = correlations(groups, np.random.default_rng(config.seed))
     write_rows(out / "correlations.csv", [result._asdict() for result in table])
     draw_bottleneck(out / "bottleneck.png", groups, table, config)
     print(summary(groups, table), f"pictures and tables are in {out}", sep="\n")
 
 
-def report_signal(out: Path, blocks: list[Block], config: DiagnoseConfig) -> None:
-    """Tables and picture of what the gradients showed, as soon as they are known."""
-    rows = signal_rows(blocks, block_size(config))
-    write_rows(out / "signal.csv", rows)
-    title = (
-        f"{config.env}: signal and noise of the policy gradient, {len(blocks)} blocks of "
-        f"{PROMPTS_PER_BLOCK} prompts x {config.group_size} rollouts; 95 % jackknife intervals"
-    )
-    draw_signal(out / "signal.png", rows, block_size(config), title)
-    tqdm.write(f"{signal_summary(rows, block_size(config))}\n{out / 'signal.png'} shows it\n")
-
-
 def load_policies(config: DiagnoseConfig) -> tuple[Policy, Policy]:
-    """The reference and who plays: the same one without --checkpoint. SystemExit with the reason
-    if they cannot be used."""
+    """The reference, and the policy that plays: the same one without --checkpoint. Raises
+    SystemExit with the reason if they cannot be used."""
     try:
         folder = config.model or start_folder(config.env, **config.shaping())
         reference = load_policy(folder, config.device, config.bfloat16)
@@ -215,14 +251,16 @@ def load_policies(config: DiagnoseConfig) -> tuple[Policy, Policy]:
     return reference, policy
 
 
-def draw_weights(
-    out: Path, policy: Policy, rollouts: Rollouts, frozen: TokenStats, config: DiagnoseConfig
-) -> None:
-    """Transcripts, coloured by the weights that ActFocus would give."""
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
+def draw_weights(out: Path, policy: Policy, batch: Batch, config: DiagnoseConfig) -> None:
+    """Episodes as text, coloured by the weights that ActFocus would give."""
+    rollouts, frozen = batch.rollouts, batch.frozen
     weights = actfocus_weights(
-        frozen.energy, reasoning, action, rollouts.response, config.alpha, config.beta
+        frozen.energy,
+        rollouts.reasoning,
+        rollouts.action,
+        rollouts.response,
+        alpha=config.alpha,
+        beta=config.beta,
     )
     title = f"{config.env}: every sampled token by its ActFocus weight "
     title += f"(alpha {config.alpha:g}, beta {config.beta:g})"
@@ -231,61 +269,66 @@ def draw_weights(
 
 # ------------------------------------------------------------------------------ what a group shows
 def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
-    """Masks (B, T). `decision` is the action token of each turn at which the reference's entropy is
-    highest: in a JSON call most tokens are boilerplate, and this one decides."""
-    action = rollouts.labels == Segment.ACTION
-    turn = turn_numbers(rollouts.response)
-    entropy = frozen.entropy.masked_fill(~action, -1.0)
+    """The masks (B, T) bool of TOKENS.
+
+    In a JSON call most tokens are boilerplate, and few decide. So `decision` is the action token of
+    each turn at which the reference's entropy is highest.
+    """
+    turn = turn_numbers(rollouts.response)  # (B, T)
+    entropy = frozen.entropy.masked_fill(~rollouts.action, -1.0)
     lowest = torch.full_like(entropy, -1.0)
-    highest = lowest.scatter_reduce(1, turn, entropy, "amax")  # (B, T), by turn
+    highest = lowest.scatter_reduce(1, turn, entropy, "amax")  # (B, T), by number of the turn
     return {
-        "action": action,
-        "decision": action & (entropy == highest.gather(1, turn)),
-        "reasoning": rollouts.labels == Segment.REASONING,
+        "action": rollouts.action,
+        "decision": rollouts.action & (entropy == highest.gather(1, turn)),
+        "reasoning": rollouts.reasoning,
         "all": rollouts.response,
     }
 
 
-def measure(
-    rollouts: Rollouts, frozen: TokenStats, logprob: Tensor, seeds: range, group_size: int
-) -> list[dict[str, float]]:
-    """A row per group: how it ended, and the mean of each signal over each choice of its tokens
-    (nan where it has none). logprob: (B, T), of the policy that played."""
-    signals = token_signals(frozen, logprob)
-    choices = token_choices(rollouts, frozen)
+def measure_groups(batch: Batch, group_size: int) -> list[dict[str, float]]:
+    """groups.csv: for each group the columns of `outcome`, and the mean of each signal over each
+    choice of its tokens (nan where it has none of them)."""
+    signals = token_signals(batch.frozen, batch.player_logprob)
+    choices = token_choices(batch.rollouts, batch.frozen)
     rows = []
-    for g, seed in enumerate(seeds):
-        group = slice(g * group_size, (g + 1) * group_size)
-        rewards = rollouts.rewards[group]
-        tokens = choices["all"][group].sum()
-        row = {
-            "success": rollouts.success[group].float().mean(),
-            "reward": rewards.mean(),
-            "reward_variance": rewards.double().var(),  # of equal rewards exactly 0
-            "turns": rollouts.turns[group].float().mean(),
-            "tokens": tokens / group_size,
-            "action_fraction": choices["action"][group].sum() / tokens,
-        }
+    for i, seed in enumerate(batch.prompts):
+        group = torch.arange(i * group_size, (i + 1) * group_size, device=choices["all"].device)
+        row = {"seed": seed} | outcome(batch.rollouts.take(group))
         for signal, values in signals.items():
-            for name, mask in choices.items():
-                row[f"{signal}_{name}"] = values[group][mask[group]].mean()
-        rows.append({"seed": seed} | {name: float(value) for name, value in row.items()})
+            for tokens, mask in choices.items():
+                row[f"{signal}_{tokens}"] = float(values[group][mask[group]].mean())
+        rows.append(row)
     return rows
+
+
+def outcome(group: Rollouts) -> dict[str, float]:
+    """How the rollouts of one group ended, and how long they are."""
+    tokens = group.response.sum()
+    columns = {
+        "success": group.success.float().mean(),
+        "reward": group.rewards.mean(),
+        "reward_variance": group.rewards.double().var(),  # of equal rewards exactly 0
+        "turns": group.turns.float().mean(),
+        "tokens": tokens / len(group.ids),
+        "action_fraction": group.action.sum() / tokens,
+    }
+    return {name: float(value) for name, value in columns.items()}
 
 
 # -------------------------------------------------------------------------------------- statistics
 class RankTest(NamedTuple):
-    """Spearman's rank correlation; all nan if one side is constant."""
+    """Spearman's rank correlation; all are nan if one of the two columns is constant."""
 
     rho: float
-    low: float  # 95 % percentile bootstrap interval over pairs
+    low: float  # of the 95 % percentile bootstrap interval, over pairs
     high: float
     p: float  # two-sided, by permutation
 
 
 class Correlation(NamedTuple):
-    """A signal of the groups with their reward variance (as in RankTest), and with their success
-    rate for comparison."""
+    """A signal of the groups against their reward variance (rho, low, high and p as in RankTest),
+    and against their success rate for comparison."""
 
     signal: str
     tokens: str
@@ -293,7 +336,7 @@ class Correlation(NamedTuple):
     low: float
     high: float
     p: float
-    groups: int
+    groups: int  # that have such tokens
     rho_success: float
 
 
@@ -301,7 +344,7 @@ Results = dict[tuple[str, str], Correlation]  # by signal and tokens
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean rank.
+    """Ranks from 1; equal values share the mean of their ranks.
 
     >>> ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist()
     [3.5, 1.0, 3.5, 2.0]
@@ -325,8 +368,11 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def spearman_test(
     a: np.ndarray, b: np.ndarray, rng: np.random.Generator, resamples: int = 2000
 ) -> RankTest:
-    """Correlation, interval and p-value of two signals (n,); five times as many permutations as
-    resamples."""
+    """Spearman's correlation of two columns (n,), its interval and its p-value.
+
+    The interval is of `resamples` bootstrap samples of the pairs, the p-value of five times as many
+    permutations of one column.
+    """
     rho = spearman(a, b)
     if np.isnan(rho):
         return RankTest(rho, rho, rho, rho)
@@ -342,8 +388,8 @@ def spearman_test(
 
 
 def correlations(groups: list[dict[str, float]], rng: np.random.Generator) -> list[Correlation]:
-    """Each signal over each choice of tokens against the reward variance; last, the success rate
-    itself."""
+    """Each signal over each choice of tokens against the reward variance. Last comes the success
+    rate itself, with an empty choice of tokens."""
     column = {name: np.array([row[name] for row in groups]) for name in groups[0]}
     names = {(signal, tokens): f"{signal}_{tokens}" for signal in SIGNALS for tokens in TOKENS}
     names["success", ""] = "success"
@@ -358,14 +404,15 @@ def correlations(groups: list[dict[str, float]], rng: np.random.Generator) -> li
 
 
 def summary(groups: list[dict[str, float]], table: list[Correlation]) -> str:
+    """The table that is printed."""
     success = np.mean([row["success"] for row in groups])
     actions = np.mean([row["action_fraction"] for row in groups])
     varied = np.mean([row["reward_variance"] > 0 for row in groups])
-    heads = f"{'rho':>7}{'95 % interval':>18}{'p':>9}{'rho with success':>18}"
+    columns = f"{'rho':>7}{'95 % interval':>18}{'p':>9}{'rho with success':>18}"
     lines = [
         f"{len(groups)} groups: success {success:.1%}, action tokens {actions:.1%} of those "
         f"generated, rewards differ in {varied:.1%} of the groups",
-        f"{'Spearman with the reward variance':34}{heads}",
+        f"{'Spearman with the reward variance':34}{columns}",
     ]
     for each in table:
         line = f"{each.signal + ' ' + each.tokens:34}"
@@ -382,8 +429,8 @@ def summary(groups: list[dict[str, float]], table: list[Correlation]) -> str:
 def draw_bottleneck(
     path: Path, groups: list[dict[str, float]], table: list[Correlation], config: DiagnoseConfig
 ) -> None:
-    """Above, a point per group: energy against reward variance. Below, every correlation with its
-    interval."""
+    """bottleneck.png. Above, energy against reward variance, a point for each group; below, every
+    correlation with its interval."""
     figure = Figure(figsize=(13, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
     results = {(each.signal, each.tokens): each for each in table}
@@ -401,7 +448,7 @@ def draw_bottleneck(
 
 
 def draw_groups(figure: SubFigure, groups: list[dict[str, float]], results: Results) -> None:
-    """A point per group, for three choices of tokens."""
+    """A point for each group, for three choices of tokens."""
     variance = [row["reward_variance"] for row in groups]
     success = [row["success"] for row in groups]
     panels = figure.subplots(1, 3, sharey=True)
@@ -409,8 +456,10 @@ def draw_groups(figure: SubFigure, groups: list[dict[str, float]], results: Resu
         energy = [row[f"energy_{tokens}"] for row in groups]
         points = axes.scatter(energy, variance, c=success, cmap="viridis", vmin=0, vmax=1, s=22)
         result = results["energy", tokens]
-        found = f"ρ = {result.rho:+.2f} [{result.low:+.2f}, {result.high:+.2f}], p = {result.p:.2g}"
-        axes.set_title(f"{tokens} tokens\n{found}", fontsize=11)
+        numbers = (
+            f"ρ = {result.rho:+.2f} [{result.low:+.2f}, {result.high:+.2f}], p = {result.p:.2g}"
+        )
+        axes.set_title(f"{tokens} tokens\n{numbers}", fontsize=11)
         axes.set_xlabel("mean reference energy of the group")
         axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
@@ -419,20 +468,20 @@ def draw_groups(figure: SubFigure, groups: list[dict[str, float]], results: Resu
 
 
 def draw_correlations(axes: Axes, results: Results) -> None:
-    """A dot with its interval per signal and choice of tokens."""
+    """A dot with its interval for each signal and choice of tokens."""
     for i, signal in enumerate(SIGNALS):
-        known = 0
+        drawn = 0
         for j, (tokens, (_, color)) in enumerate(TOKENS.items()):
             result = results[signal, tokens]
             if np.isnan(result.rho):
                 continue
-            known += 1
+            drawn += 1
             x = i + (j - 1.5) / 6
             bars = [[abs(result.rho - result.low)], [abs(result.high - result.rho)]]
             axes.errorbar([x], [result.rho], bars, fmt="o", color=color, capsize=3)
-        if not known:  # the shift is 0 where the reference itself played
-            why = "constant" if signal == "shift" else "no variance"
-            axes.text(i, 0.04, why, ha="center", color="dimgray")
+        if not drawn:  # the shift is 0 where the reference itself played
+            reason = "constant" if signal == "shift" else "no variance"
+            axes.text(i, 0.04, reason, ha="center", color="dimgray")
     for label, color in TOKENS.values():
         axes.plot([], [], "o", color=color, label=label)
     axes.axhline(
@@ -444,7 +493,7 @@ def draw_correlations(axes: Axes, results: Results) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylim=(-1, 1), xlim=(-0.6, len(SIGNALS) - 0.4))
     axes.set_title("Rank correlation with the reward variance, 95 % bootstrap intervals")
-    axes.set(ylabel="Spearman's ρ", xlabel="signal, averaged over the chosen tokens of the group")
+    axes.set(ylabel="Spearman's ρ", xlabel="signal, averaged over these tokens of the group")
     axes.set_xticks(range(len(SIGNALS)), SIGNALS.values())
     axes.grid(alpha=0.3, axis="y")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

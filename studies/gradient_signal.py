@@ -1,19 +1,49 @@
-"""Which tokens teach: signal and noise of the policy gradient, by kind of token and by weighting.
+"""Signal and noise of the policy gradient, by kind of token and by weighting.
 
-    python -m studies.diagnose --env frozenlake      # calls this and writes signal.csv, signal.png
+    python -m studies.diagnose --env frozenlake      # uses this to make signal.csv and signal.png
 
-Play some prompts, split them into blocks, and take the gradient of each block. What the blocks
-agree on is signal, the rest is noise: g_i . g_j of two different blocks is |E g|^2 on average, and
-|g_i|^2 is larger than that by the variance of a block. (Their ratio is one over the "gradient noise
-scale" of McCandlish et al. 2018, arXiv 1812.06162, in blocks.) Doing so with the gradient of some
-tokens alone shows which of them teach, and with any weighting of tokens what it gains, before a
-single step of training.
+Which tokens teach? Play some prompts and split them into K blocks of whole groups. Block i has the
+policy gradient g_i, a vector of P numbers. The blocks are independent, so what their gradients have
+in common is signal, and the rest is noise:
 
-Adam divides every coordinate by its own size, so what counts for its steps is the same ratio after
-dividing each coordinate by its root mean square over the blocks, "as Adam sees it". (As in Adam, a
-gradient is part of its own scale. With that of the other blocks alone, a coordinate that a single
-block moves, of a rare word say, is divided by next to nothing and decides everything. That scale
-makes the ratio a little biased, both ways: so the same is measured with rewards shuffled, too.)
+    g_i = mu + e_i         mu: the expected gradient;  e_i: independent, with mean 0
+    signal = |mu|^2        noise = E |e_i|^2           ratio R = signal / noise
+
+Two different blocks share only mu, while a block shares its noise with itself:
+
+    E[g_i . g_j] = |mu|^2  for i != j                  E[g_i . g_i] = |mu|^2 + E |e_i|^2
+
+So with the inner products p_ij = g_i . g_j, means over blocks estimate both without bias:
+
+    S = sum_{i != j} p_ij / (K (K - 1))                signal
+    Q = sum_i p_ii / K                                 signal and noise together
+    R = S / (Q - S)
+
+R is the ratio for the gradient of a single block; averaging n blocks multiplies it by n. Hence
+(rollouts of a block) / R is the number of rollouts at which signal and noise are equal. (1 / R is
+the "gradient noise scale" of McCandlish et al. 2018, arXiv 1812.06162, in blocks.)
+
+The interval is a jackknife's. R_k is the estimate without block k, where all pairs with k fall out,
+each of which occurs twice in the double sum:
+
+    S_k = (sum_{i != j} p_ij - 2 sum_{j != k} p_kj) / ((K - 1) (K - 2))
+    Q_k = (sum_i p_ii - p_kk) / (K - 1)
+    R_k = S_k / (Q_k - S_k)
+
+The pseudo-values v_k = K R - (K - 1) R_k scatter about R as K independent observations would, so
+
+    R +- t sd(v) / sqrt(K)         t: the 97.5 % quantile of Student's t, K - 1 degrees of freedom
+
+holds the true ratio in 95 % of experiments, about. Two weightings are compared on the same blocks:
+the same formulas with R - R' in place of R and R_k - R'_k in place of R_k. What a lucky block does
+to both then cancels.
+
+Adam divides each coordinate of the gradient by its own size, so for its steps the same ratio counts
+after each coordinate has been divided by its root mean square over the blocks: "as Adam sees it".
+As in Adam, a gradient is part of its own scale. (With the scale of the other blocks alone, a
+coordinate that only one block moves, of a rare word say, would be divided by next to nothing and
+decide everything.) This makes the ratio a little biased, upwards or downwards; how much is seen
+from the same ratio with the rewards shuffled within each group, where the true signal is 0.
 """
 
 from __future__ import annotations
@@ -21,7 +51,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,21 +66,19 @@ from energy import TokenStats, token_stats
 from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy
 from rollout import Rollouts, scored_hidden
-from segment import Segment
 from studies.stats import t_interval
 
 PROMPTS_PER_BLOCK = 2
-COORDINATES = 2**20  # of a larger model's gradient, a random choice of this many
-CLASSES = {  # of tokens, taken alone
+COORDINATES = 2**20  # a larger model's gradient is looked at in so many random coordinates
+CLASSES = {  # the tokens of one class alone: label, color
     "reasoning": ("reasoning tokens alone", "tab:blue"),
     "action": ("action tokens alone", "tab:red"),
     "format": ("format tokens alone", "tab:gray"),
 }
-NULLS = {  # rewards shuffled within each group: no token earned its credit, so this is bias
+NULLS = {  # rewards shuffled within each group: no token has earned its credit. Label, color
     "grpo-null": ("GRPO, rewards shuffled", "tab:gray"),
     "actfocus-null": ("ActFocus, rewards shuffled", "tab:gray"),
 }
-PARTS = CLASSES | NULLS
 actfocus = ARMS["actfocus"]
 WEIGHTINGS = {  # the first is what the others are compared with
     "grpo": replace(ARMS["grpo"], label="GRPO: all tokens alike"),
@@ -67,33 +95,48 @@ WEIGHTINGS = {  # the first is what the others are compared with
 }
 
 
-# ------------------------------------------------------------------------- gradients of the parts
-def token_parts(rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor) -> dict[str, Tensor]:
-    """What every weighting is a sum of, each (B, T): masks of the three classes; for each signal
-    the sigmoid that beta multiplies, at action tokens; and the weights of the placebo. Mean and
-    deviation of a signal are of these rollouts, a block; in training, of the whole iteration."""
-    response = rollouts.response
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
-    masks = {"reasoning": reasoning, "action": action, "format": response & ~reasoning & ~action}
-    parts = {name: mask.float() for name, mask in masks.items()}
+class Settings(Protocol):
+    """What is read of a config."""
+
+    group_size: int
+    temperature: float
+    micro_tokens: int
+
+
+# --------------------------------------------------------------------- what weightings are made of
+# The gradient is linear in the weights, and every weighting is a sum of a few components: the
+# tokens of a class, and for each signal what beta adds. So one gradient per component and block
+# gives that of every weighting.
+def weight_components(
+    rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor
+) -> dict[str, Tensor]:
+    """The components of all weightings, (B, T) float32 each.
+
+    By name: a class has 1 at its tokens; a signal has at action tokens the sigmoid that beta
+    multiplies; the placebo has its weights. frozen: of the reference; old_logprob: (B, T), of the
+    policy that played. The mean and deviation of a signal are of these rollouts, a block; in
+    training they are of a whole iteration.
+    """
+    response, reasoning, action = rollouts.response, rollouts.reasoning, rollouts.action
+    components = {
+        "reasoning": reasoning.float(),
+        "action": action.float(),
+        "format": (response & ~reasoning & ~action).float(),
+    }
     signals = token_signals(frozen, old_logprob)
     for name in SIGNALS:
+        if name == "shift" and not signals[name].any():
+            continue  # the reference itself played, and has not shifted from itself
         weights = actfocus_weights(signals[name], reasoning, action, response, alpha=1.0, beta=1.0)
-        if name != "shift" or signals[name].any():  # a policy has not shifted from itself
-            parts[name] = (weights - 1) * action
-    arm = WEIGHTINGS["placebo"]
-    weights = blend(parts, mixture(replace(arm, change=None)))
-    return parts | {"placebo": scatter_weights(weights, rollouts, seed=0)}
-
-
-def blend(parts: dict[str, Tensor], shares: dict[str, float]) -> Tensor:
-    """The weights (B, T) of a mixture of parts."""
-    return sum(share * parts[part] for part, share in shares.items())
+        components[name] = (weights - 1) * action
+    in_place = replace(WEIGHTINGS["placebo"], change=None)  # before its weights are scattered
+    weights = combine(components, mixture(in_place))
+    components["placebo"] = scatter_weights(weights, rollouts, seed=0)
+    return components
 
 
 def mixture(arm: Arm) -> dict[str, float]:
-    """How much of each part a weighting takes.
+    """How much of each component a weighting has. Raises ValueError for a control that is none.
 
     >>> mixture(ARMS["actfocus"])
     {'reasoning': 0.1, 'action': 1.0, 'format': 1.0, 'energy': 0.5}
@@ -101,84 +144,128 @@ def mixture(arm: Arm) -> dict[str, float]:
     if arm.change is scatter_weights:
         return {"placebo": 1.0}
     if arm.change is not None:
-        raise ValueError(f"{arm.label}: of the controls only the placebo is a part here")
+        raise ValueError(f"{arm.label}: of the controls, only the placebo is a component here")
     shares = {"reasoning": arm.alpha, "action": 1.0, "format": 1.0}
-    return shares | ({arm.signal: arm.beta} if arm.beta else {})
+    if arm.beta:
+        shares[arm.signal] = arm.beta
+    return shares
 
 
+def combine(components: dict[str, Tensor], shares: dict[str, float]) -> Tensor:
+    """The sum of components, each times its share."""
+    return sum(share * components[name] for name, share in shares.items())
+
+
+# ---------------------------------------------------------------------------- gradients of a block
 class Block(NamedTuple):
-    """What the prompts of one block say of each part."""
+    """What the prompts of one block say of each component."""
 
-    gradients: dict[str, Tensor]  # (P,) each, of -sum(part * A * log pi)
-    totals: dict[str, float]  # sum(part): a weighting is divided by that of its weights
+    gradients: dict[str, Tensor]  # (P,) float32 each, of -sum(component * advantage * log pi)
+    totals: dict[str, float]  # sum(component)
 
     def gradient(self, shares: dict[str, float]) -> Tensor:
-        """(P,) float64, of the loss under a weighting (ratio 1: the first update after playing)."""
-        total = sum(share * self.totals[part] for part, share in shares.items())
-        gradient = sum(share * self.gradients[part].double() for part, share in shares.items())
+        """(P,) float64: of the loss under a weighting, which divides by the sum of the weights. It
+        is that of the first update after playing, where all ratios are 1."""
+        total = sum(share * self.totals[name] for name, share in shares.items())
+        gradient = sum(share * self.gradients[name].double() for name, share in shares.items())
         return gradient / (total or 1.0)
 
 
-def measure_blocks(
-    policy: Policy, rollouts: Rollouts, frozen: TokenStats, logprob: Tensor,
-    config, most: int,
-) -> list[Block]:  # fmt: skip
-    """The gradients of at most so many blocks of rollouts, PROMPTS_PER_BLOCK whole groups each.
-    logprob: (B, T), of the policy that played."""
-    blocks = []
-    rows = torch.arange(len(rollouts.ids), device=policy.device)[: most * block_size(config)]
-    for some in tqdm(rows.split(block_size(config)), desc="gradients", unit="block", leave=False):
-        if len(some) == block_size(config):
-            stats = TokenStats(*(values[some] for values in frozen))
-            block = measure_block(policy, rollouts.take(some), stats, logprob[some], config)
-            blocks.append(block)
-    return blocks
-
-
-def block_size(config) -> int:
-    """Rollouts in a block."""
+def block_size(config: Settings) -> int:
+    """The rollouts of a block."""
     return PROMPTS_PER_BLOCK * config.group_size
 
 
+def measure_blocks(
+    policy: Policy,
+    rollouts: Rollouts,
+    frozen: TokenStats,
+    old_logprob: Tensor,
+    config: Settings,
+    most: int,
+) -> list[Block]:
+    """Split rollouts into blocks of PROMPTS_PER_BLOCK whole groups, and measure at most so many;
+    what is left over is not measured. frozen, old_logprob: (B, T), as in `measure_block`."""
+    size = block_size(config)
+    number = min(most, len(rollouts.ids) // size)
+    blocks = []
+    for i in tqdm(range(number), desc="gradients", unit="block", leave=False):
+        indices = torch.arange(i * size, (i + 1) * size, device=policy.device)
+        stats = TokenStats(*(values[indices] for values in frozen))
+        block = measure_block(policy, rollouts.take(indices), stats, old_logprob[indices], config)
+        blocks.append(block)
+    return blocks
+
+
 def measure_block(
-    policy: Policy, rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor, config
+    policy: Policy,
+    rollouts: Rollouts,
+    frozen: TokenStats,
+    old_logprob: Tensor,
+    config: Settings,
 ) -> Block:
-    """The gradient of each part, one backward pass each. frozen, old_logprob: (B, T). config: has
-    group_size, temperature and micro_tokens."""
-    response = rollouts.response
+    """The gradient of each component and of each of NULLS. frozen: of the reference; old_logprob:
+    of the policy that played, (B, T) each."""
+    components = weight_components(rollouts, frozen, old_logprob)
     advantages = group_advantages(rollouts.rewards, config.group_size)  # (B,)
-    parts = token_parts(rollouts, frozen, old_logprob)
-    earned = dict.fromkeys(parts, advantages)
+    advantage_of = dict.fromkeys(components, advantages)
     for name in NULLS:
-        parts[name] = blend(parts, mixture(WEIGHTINGS[name.removesuffix("-null")]))
-        earned[name] = shuffled(advantages, config.group_size, seed=int(rollouts.ids.sum()))
+        weighting = WEIGHTINGS[name.removesuffix("-null")]
+        components[name] = combine(components, mixture(weighting))
+        seed = int(rollouts.ids.sum())
+        advantage_of[name] = shuffled(advantages, config.group_size, seed)
+    credits = {name: components[name] * advantage_of[name][:, None] for name in components}
+    learning = advantages.nonzero().squeeze(1)  # a group that ends alike has no gradient
+    return Block(
+        gradients=credit_gradients(policy, rollouts, credits, learning, config),
+        totals={name: component.sum().item() for name, component in components.items()},
+    )
+
+
+def credit_gradients(
+    policy: Policy,
+    rollouts: Rollouts,
+    credits: dict[str, Tensor],
+    indices: Tensor,
+    config: Settings,
+) -> dict[str, Tensor]:
+    """The gradient of -sum(credit * log pi) for each of several credits, (B, T): one forward pass
+    for all, and a backward pass for each. indices: the rollouts that are summed over. Returns (P,)
+    float32 each, on the CPU."""
+    response = rollouts.response
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    chosen = choose_coordinates(parameters)
-    gradients = {name: torch.zeros(sum(map(len, chosen))) for name in parts}
-    teaching = advantages.nonzero().squeeze(1).cpu()  # a group that ends alike has no gradient
-    for rows in rollouts.micro_batches(teaching, config.micro_tokens) if len(teaching) else ():
-        hidden, targets = scored_hidden(policy, rollouts, rows, response)  # (N, H), (N,)
+    coordinates = choose_coordinates(parameters)
+    gradients = {name: torch.zeros(sum(map(len, coordinates))) for name in credits}
+    if not len(indices):
+        return gradients
+    for batch in rollouts.micro_batches(indices.cpu(), config.micro_tokens):
+        hidden, targets = scored_hidden(policy, rollouts, batch, response)  # (N, H), (N,)
         with policy.autocast():
             stats = token_stats(hidden, policy.head, targets, temperature=config.temperature)
-        for name, part in parts.items():
-            credit = (part * earned[name][:, None])[rows][response[rows]]  # (N,)
+        for name, credit in credits.items():
+            of_tokens = credit[batch][response[batch]]  # (N,)
             with policy.autocast():
                 loss = fused_policy_loss(
                     hidden, policy.head, targets,
-                    stats.logprob, credit, torch.ones_like(credit),
+                    stats.logprob, of_tokens, torch.ones_like(of_tokens),
                     LossSettings(temperature=config.temperature), normalizer=1.0,
                 ).loss  # fmt: skip
             by_parameter = torch.autograd.grad(
-                loss, parameters, retain_graph=True, materialize_grads=True
+                loss,
+                parameters,
+                retain_graph=True,
+                materialize_grads=True,
             )
-            flat = [g.flatten()[some] for g, some in zip(by_parameter, chosen, strict=True)]
-            del by_parameter  # as large as the model: not to be there beside the next
-            gradients[name] += torch.cat(flat).float().cpu()
-    return Block(gradients, {name: part.sum().item() for name, part in parts.items()})
+            flat = torch.cat(
+                [g.flatten()[some] for g, some in zip(by_parameter, coordinates, strict=True)]
+            )
+            del by_parameter  # as large as the model: free it before the next is made
+            gradients[name] += flat.float().cpu()
+    return gradients
 
 
 def shuffled(advantages: Tensor, group_size: int, seed: int) -> Tensor:
-    """(B,), each group's in a random order."""
+    """(B,): the advantages of each group in a random order."""
     groups = advantages.view(-1, group_size)
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(groups.shape, generator=generator).argsort(1).to(groups.device)
@@ -186,64 +273,67 @@ def shuffled(advantages: Tensor, group_size: int, seed: int) -> Tensor:
 
 
 def choose_coordinates(parameters: list[Tensor], limit: int = COORDINATES) -> list[Tensor]:
-    """Of each parameter, the indices of the elements to look at: all, or of a large model `limit`
-    in all, drawn at random, which keeps the ratios of inner products on average."""
+    """For each parameter, the indices of the elements to look at: all of them, or for a large model
+    about `limit` in total, drawn at random. On average this keeps the ratios of inner products."""
     total = sum(p.numel() for p in parameters)
     if total <= limit:
         return [torch.arange(p.numel(), device=p.device) for p in parameters]
     generator = torch.Generator().manual_seed(0)
-    counts = [math.ceil(limit * p.numel() / total) for p in parameters]
-    return [
-        torch.randint(p.numel(), (count,), generator=generator).to(p.device)
-        for p, count in zip(parameters, counts, strict=True)
-    ]
+    coordinates = []
+    for p in parameters:
+        count = math.ceil(limit * p.numel() / total)
+        drawn = torch.randint(p.numel(), (count,), generator=generator)
+        coordinates.append(drawn.to(p.device))
+    return coordinates
 
 
 # -------------------------------------------------------------------------------- signal and noise
 class Ratio(NamedTuple):
-    """Signal over noise of the gradient of a block."""
+    """Signal over noise of the gradient of a block, in the symbols of this file's docstring."""
 
-    value: float  # nan without a gradient
-    without: np.ndarray  # (K,), without the pairs of each block in turn
+    value: float  # R; nan without a gradient
+    without: np.ndarray  # (K,): R_k
 
     def interval(self, baseline: Ratio | None = None) -> tuple[float, float, float]:
-        """The ratio, or its difference to another, between the ends of its 95 % interval
-        (delete-one-block jackknife)."""
-        value, without = self
+        """The low end of the 95 % interval, the value, and the high end: of the ratio, or of its
+        difference to another over the same blocks."""
+        value, without = self.value, self.without
         if baseline is not None:
-            value, without = value - baseline.value, without - baseline.without
+            value = value - baseline.value
+            without = without - baseline.without
         blocks = len(without)
         with np.errstate(invalid="ignore"):
-            # pseudo-values err as independent observations of the estimate would
-            half = t_interval(blocks * value - (blocks - 1) * without)
+            pseudo_values = blocks * value - (blocks - 1) * without  # (K,)
+            half = t_interval(pseudo_values)
             return value - half, value, value + half
 
 
 def signal_to_noise(gradients: Tensor, as_adam: bool) -> Ratio:
-    """Of the gradients of K >= 4 blocks, (K, P) float64.
+    """The ratio from the gradients of K >= 4 blocks, (K, P) float64, by the formulas of this file's
+    docstring.
 
     >>> g = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [1.0, -1.0]]).double()
-    >>> round(signal_to_noise(g, as_adam=False).value, 4)  # signal 4 / 6 pairs, noise 2 - 4 / 6
+    >>> round(signal_to_noise(g, as_adam=False).value, 4)  # S = 4 / 6 over the pairs, Q = 2
     0.5
     """
     if as_adam:
         scale = (gradients**2).mean(0).sqrt()  # (P,)
         gradients = gradients / torch.where(scale > 0, scale, 1.0)
-    products = (gradients @ gradients.T).numpy()  # (K, K)
-    own, others = products.diagonal(), products.sum(1) - products.diagonal()
-    blocks, total = len(own), others.sum()
+    p = (gradients @ gradients.T).numpy()  # (K, K)
+    K = len(p)
+    own = p.diagonal()  # (K,): p_kk
+    others = p.sum(1) - own  # (K,): the sum of p_kj over j != k
     with np.errstate(invalid="ignore", divide="ignore"):
-        # over all pairs, and over those without each block; means, since a block has one square
-        signal, power = total / (blocks * (blocks - 1)), own.mean()
-        value = signal / (power - signal)
-        signal = (total - 2 * others) / ((blocks - 1) * (blocks - 2))  # (K,)
-        power = (own.sum() - own) / (blocks - 1)  # (K,)
-        return Ratio(float(value), signal / (power - signal))
+        S = others.sum() / (K * (K - 1))
+        Q = own.mean()
+        S_k = (others.sum() - 2 * others) / ((K - 1) * (K - 2))
+        Q_k = (own.sum() - own) / (K - 1)
+        return Ratio(float(S / (Q - S)), S_k / (Q_k - S_k))
 
 
 def measure_signal(blocks: list[Block]) -> dict[str, tuple[Ratio, Ratio]]:
-    """Signal to noise of each of CLASSES, WEIGHTINGS, NULLS: as Adam sees it, and raw. Leaves out
-    the log-prob shift of a policy from itself, which is 0."""
+    """For each of CLASSES, WEIGHTINGS and NULLS: its ratio as Adam sees it, and raw. Leaves out
+    what needs the log-prob shift where the reference itself played."""
     mixtures = {name: {name: 1.0} for name in CLASSES}
     mixtures |= {name: mixture(arm) for name, arm in WEIGHTINGS.items()}
     mixtures |= {name: {name: 1.0} for name in NULLS}
@@ -251,35 +341,47 @@ def measure_signal(blocks: list[Block]) -> dict[str, tuple[Ratio, Ratio]]:
     for name, shares in mixtures.items():
         if shares.keys() <= blocks[0].totals.keys():
             gradients = torch.stack([block.gradient(shares) for block in blocks])  # (K, P)
-            ratios[name] = tuple(signal_to_noise(gradients, as_adam) for as_adam in (True, False))
+            as_adam = signal_to_noise(gradients, as_adam=True)
+            raw = signal_to_noise(gradients, as_adam=False)
+            ratios[name] = as_adam, raw
     return ratios
 
 
 def signal_rows(blocks: list[Block], block_size: int) -> list[dict]:
-    """signal.csv: a row a class and a weighting. Columns *_ratio: signal over noise of a block of
-    block_size rollouts; *_gain: less GRPO's; *_rollouts: as many make signal and noise equal."""
+    """signal.csv: a row for each class and weighting. The columns *_ratio are signal over noise of
+    a block of block_size rollouts; *_gain are these less GRPO's; *_rollouts say how many rollouts
+    make signal and noise equal."""
     tokens = sum(block.totals[name] for block in blocks for name in CLASSES)
-    rows, ratios = [], measure_signal(blocks)
-    for name, (as_adam, raw) in ratios.items():
+    ratios = measure_signal(blocks)
+    rows = []
+    for name, by_scale in ratios.items():
         row = {"name": name, "alpha": "", "beta": "", "signal": "", "token_share": 1.0}
         if name in CLASSES:
             row["token_share"] = sum(block.totals[name] for block in blocks) / tokens
         elif name in WEIGHTINGS:
             arm = WEIGHTINGS[name]
             row |= {"alpha": arm.alpha, "beta": arm.beta, "signal": arm.signal}
-        scales = zip(("adam", "raw"), (as_adam, raw), ratios["grpo"], strict=True)
-        for scale, ratio, grpo in scales:
-            for column, numbers in (("ratio", ratio.interval()), ("gain", ratio.interval(grpo))):
-                for end, number in zip(("_low", "", "_high"), numbers, strict=True):
-                    row[f"{scale}_{column}{end}"] = number
+        for scale, ratio, grpo in zip(("adam", "raw"), by_scale, ratios["grpo"], strict=True):
+            row |= interval_columns(f"{scale}_ratio", ratio.interval())
+            row |= interval_columns(f"{scale}_gain", ratio.interval(grpo))
             row[f"{scale}_rollouts"] = block_size / ratio.value if ratio.value > 0 else math.inf
         rows.append(row)
     return rows
 
 
-# ------------------------------------------------------------------------- what a person looks at
+def interval_columns(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
+    """An interval as three columns.
+
+    >>> interval_columns("ratio", (0.1, 0.2, 0.3))
+    {'ratio_low': 0.1, 'ratio': 0.2, 'ratio_high': 0.3}
+    """
+    low, value, high = interval
+    return {f"{name}_low": low, name: value, f"{name}_high": high}
+
+
+# ----------------------------------------------------------------------- the table and the picture
 def summary(rows: list[dict], block_size: int) -> str:
-    """The table, as Adam sees it."""
+    """The table that is printed, as Adam sees it."""
     lines = [
         f"signal / noise of the policy gradient of {block_size} rollouts, as Adam sees it, "
         "[95 % interval]",
@@ -287,28 +389,31 @@ def summary(rows: list[dict], block_size: int) -> str:
     ]
     for row in rows:
         ratio = f"[{row['adam_ratio_low']:.3f}, {row['adam_ratio_high']:.3f}]"
-        line = f"{label_of(row['name']):32}{row['token_share']:>8.1%}"
-        line += f"{row['adam_ratio']:>8.3f}{ratio:>18}"
-        if row["name"] != "grpo":
+        label, _ = style_of(row["name"])
+        line = f"{label:32}{row['token_share']:>8.1%}{row['adam_ratio']:>8.3f}{ratio:>18}"
+        if row["name"] == "grpo":
+            line += " " * 30
+        else:
             gain = f"[{row['adam_gain_low']:+.3f}, {row['adam_gain_high']:+.3f}]"
             line += f"{row['adam_gain']:>+11.3f}{gain:>19}"
-        else:
-            line += " " * 30
         lines.append(f"{line}{rollouts_needed(row, 'adam'):>15}")
     return "\n".join(lines)
 
 
 def rollouts_needed(row: dict, scale: str) -> str:
-    """As many make signal and noise equal; "?" if the ratio's interval holds 0."""
+    """How many rollouts make signal and noise equal; "?" if the interval of the ratio holds 0."""
     return f"{row[f'{scale}_rollouts']:,.0f}" if row[f"{scale}_ratio_low"] > 0 else "?"
 
 
-def label_of(name: str) -> str:
-    return PARTS[name][0] if name in PARTS else WEIGHTINGS[name].label
+def style_of(name: str) -> tuple[str, str]:
+    """The label and the color of a row."""
+    if name in WEIGHTINGS:
+        return WEIGHTINGS[name].label, WEIGHTINGS[name].color
+    return (CLASSES | NULLS)[name]
 
 
 def draw_signal(path: Path, rows: list[dict], block_size: int, title: str) -> None:
-    """signal.png: classes and weightings side by side, as Adam sees them and raw."""
+    """signal.png: classes and weightings, side by side as Adam sees them and raw."""
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2, sharey=True)
@@ -322,29 +427,33 @@ def draw_signal(path: Path, rows: list[dict], block_size: int, title: str) -> No
 
 
 def draw_ratios(axes: Axes, rows: list[dict], scale: str) -> None:
-    """A dot with its interval per row, and at the right the rollouts that make signal = noise."""
+    """A dot with its interval for each row, and at the right how many rollouts it needs."""
+    at_the_right = {"transform": axes.get_yaxis_transform(), "va": "center"}
     for y, row in enumerate(rows):
-        name = row["name"]
-        color = PARTS[name][1] if name in PARTS else WEIGHTINGS[name].color
+        _, color = style_of(row["name"])
         low, value, high = (row[f"{scale}_ratio{end}"] for end in ("_low", "", "_high"))
         bars = [[value - low], [high - value]]
         axes.errorbar([value], [y], xerr=bars, fmt="o", color=color, capsize=3)
-        said = rollouts_needed(row, scale)
-        axes.text(1.01, y, said, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-        if name == "grpo":
+        axes.text(1.01, y, rollouts_needed(row, scale), fontsize=9, **at_the_right)
+        if row["name"] == "grpo":
             axes.axvline(value, color=color, linestyle="--", linewidth=0.8)
-    axes.text(1.01, -1, "rollouts for\nsignal = noise", transform=axes.get_yaxis_transform(),
-              va="center", fontsize=8)  # fmt: skip
+    axes.text(1.01, -1, "rollouts for\nsignal = noise", fontsize=8, **at_the_right)
     axes.axhline(len(CLASSES) - 0.5, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [label_of(row["name"]) for row in rows])
+    axes.set_yticks(range(len(rows)), [style_of(row["name"])[0] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    # few tokens are format, and their interval may be wider than all others together
-    seen = [
-        row for row in rows if row["name"] != "format" and row[f"{scale}_ratio_low"] > -math.inf
-    ]
-    if seen:
-        low = min(0.0, *(row[f"{scale}_ratio_low"] for row in seen))
-        high = max(0.0, *(row[f"{scale}_ratio_high"] for row in seen))
-        axes.set_xlim(1.1 * low - 0.1 * high, 1.1 * high - 0.1 * low)
+    set_limits(axes, rows, scale)
     axes.grid(alpha=0.3, axis="x")
+
+
+def set_limits(axes: Axes, rows: list[dict], scale: str) -> None:
+    """Show all intervals but that of format tokens. They are few, and their interval may be wider
+    than all others together."""
+    shown = []
+    for row in rows:
+        if row["name"] != "format" and row[f"{scale}_ratio_low"] > -math.inf:
+            shown.append(row)
+    if shown:
+        low = min(0.0, *(row[f"{scale}_ratio_low"] for row in shown))
+        high = max(0.0, *(row[f"{scale}_ratio_high"] for row in shown))
+        axes.set_xlim(1.1 * low - 0.1 * high, 1.1 * high - 0.1 * low)

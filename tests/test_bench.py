@@ -20,7 +20,8 @@ def run(out, *flags):
     return [f"{row['section']}: {row['what']}" for row in rows]
 
 
-def test_the_sections_run(built_in, tmp_path):
+def test_the_sections_run(built_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the losses' own processes find the code from anywhere
     flags = "loss update rollout growth --prompts 1 --rows 2 4 --positions 64 96"
     what = run(tmp_path, *flags.split(), "--tokens", "64", "--vocabulary", "600")
     losses = sum(each.startswith("loss: seconds") for each in what)

@@ -1,12 +1,13 @@
 """compare.py: what it measures by hand, cells that are run once, and a real comparison."""
 
 import csv
-import fcntl
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -100,19 +101,95 @@ def fake_trainer(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "TRAINER", path)
 
 
+def make_cell(out, cell, flags=(), change=None):
+    """A finished cell. change: of its settings, as another version of this code would have them."""
+    config = parse(PPOConfig, "", cell.flags([*flags, "--device", "cpu"]))
+    config.resolve()
+    settings = vars(config) | (change or {})
+    folder = cell.folder(out)
+    write_log(folder / f"{cell.arm}.csv", [0.1, 0.2 + 0.1 * cell.seed])
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def test_a_cell_from_before_a_flag_had_its_default(tmp_path):
     cell = compare.Cell("frozenlake", "grpo", None, 0)
-    cell.folder(tmp_path).mkdir(parents=True)
+    folder = make_cell(tmp_path, cell)
     config = parse(PPOConfig, "", cell.flags([]))
-    config.resolve()
-    before = {name: value for name, value in vars(config).items() if name != "bfloat16"}
-    (cell.folder(tmp_path) / "config.json").write_text(json.dumps(before))
+    before = json.loads((folder / "config.json").read_text())
+    del before["bfloat16"], before["critic_lr"], before["signal"]
+    (folder / "config.json").write_text(json.dumps(before | {"gone": 3}))  # and one that is gone
     assert compare.finished(cell, config, tmp_path)
     config.bfloat16 = True
     with pytest.raises(SystemExit, match="was run with bfloat16 False, not True"):
         compare.finished(cell, config, tmp_path)
-    config.bfloat16, config.play_batch, config.micro_tokens = False, 64, 2048  # only save memory
+    config.bfloat16, config.signal = False, "nll"
+    with pytest.raises(SystemExit, match="was run with signal None, not nll"):
+        compare.finished(cell, config, tmp_path)
+    config.signal, config.play_batch, config.micro_tokens = None, 64, 2048  # only save memory
     assert compare.finished(cell, config, tmp_path)
+
+
+def rows_of(out):
+    with (out / "compare.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_finished_cells_with_these_flags_are_compared(tmp_path, capsys):
+    """Those of earlier commands as well; others are left out, and said to be."""
+    for seed in (0, 1):
+        for arm in ("grpo", "actfocus", "placebo"):
+            make_cell(tmp_path, compare.Cell("frozenlake", arm, None, seed))
+        make_cell(tmp_path, compare.Cell("sokoban", "grpo", None, seed))
+    make_cell(tmp_path, compare.Cell("frozenlake", "ppo", 1e-5, 0), ["--iterations", "20"])
+    make_cell(tmp_path, compare.Cell("frozenlake", "grpo", 3e-4, 0))  # 3e-4 is its own rate
+    gone = make_cell(tmp_path, compare.Cell("frozenlake", "energy", None, 0), change={"seed": 5})
+    gone.rename(gone.with_name("not a cell"))
+    make_cell(tmp_path, compare.Cell("frozenlake", "nll", None, 0), change={"beta": 2.0})
+    flags = ["--arms", "placebo", "actfocus", "--out", str(tmp_path), "--device", "cpu"]
+    compare.main([*flags, "--seeds", "0-1"])
+    text = (tmp_path / "table.txt").read_text()
+    assert text.strip() in capsys.readouterr().out
+    # the baseline is the first of --arms, whatever the order of ARMS and what else is there
+    assert "final less placebo" in text and "less grpo" not in text
+    lake, sokoban, left_out = text.strip().split("\n\n")
+    assert [line.split()[:2] for line in lake.splitlines()[2:]] == [
+        ["placebo", "2"], ["actfocus", "2"], ["grpo", "2"],
+    ]  # fmt: skip
+    assert sokoban.splitlines()[0] == "sokoban, lr 0.0003"
+    assert [line.split()[:2] for line in sokoban.splitlines()[2:]] == [["grpo", "2"]]
+    folder = tmp_path / "frozenlake"
+    assert left_out.splitlines() == [
+        f"left out: {folder}/grpo-seed0: it is the same as {folder}/grpo-lr0.0003-seed0",
+        f"left out: {folder}/nll-seed0: it was run with beta 2.0, not None",
+        f"left out: {folder}/ppo-lr1e-05-seed0: it was run with iterations 20, not 10",
+    ]
+    cells = {(row["env"], row["arm"], row["seed"]) for row in rows_of(tmp_path)}
+    assert len(cells) == 8 and ("sokoban", "grpo", "1") in cells
+
+
+def test_a_cell_that_these_flags_would_refuse_is_left_out(tmp_path, capsys):
+    """With a group size of 1, GRPO cannot run; with its own, it was."""
+    make_cell(tmp_path, compare.Cell("frozenlake", "grpo", None, 0))
+    make_cell(tmp_path, compare.Cell("frozenlake", "ppo", None, 0), ["--group-size", "1"])
+    flags = ["--arms", "ppo", "--seeds", "0", "--group-size", "1", "--out", str(tmp_path)]
+    compare.main([*flags, "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "left out: " in said.out and "--group-size is 1" in said.out
+    assert "usage:" not in said.err  # argparse's words about a cell that nobody asked for
+
+
+def test_a_cell_of_before_stays_readable(tmp_path):
+    """A setting that is gone is ignored, a column that its log lacks stays empty, and one that is
+    gone is left out."""
+    cell = compare.Cell("frozenlake", "grpo", None, 0)
+    folder = make_cell(tmp_path, cell, change={"a_setting_that_is_gone": False})
+    rows = ["iteration,eval_success,train_success,gone", "0,0.1,0.2,9", "1,0.3,,9"]
+    (folder / "grpo.csv").write_text("\n".join(rows))
+    compare.main(["--arms", "grpo", "--seeds", "0", "--out", str(tmp_path), "--device", "cpu"])
+    first, _ = rows_of(tmp_path)
+    assert (first["arm"], first["eval_success"], first["cut_turns"]) == ("grpo", "0.1", "")
+    assert "gone" not in first
 
 
 def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_trainer, capsys):
@@ -176,7 +253,7 @@ def test_an_interruption_ends_the_cells_and_starts_no_more(tmp_path, monkeypatch
     began = time.monotonic()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+    with pytest.raises(SystemExit, match="interrupted; repeat the command to continue"):
         compare.main(["--seeds", "0-3", "--out", str(out), "--device", "cpu"])
     signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 50
@@ -184,29 +261,99 @@ def test_an_interruption_ends_the_cells_and_starts_no_more(tmp_path, monkeypatch
     assert left == {"grpo-seed0.partial", "grpo-seed0.txt"}
 
 
-def test_a_cell_that_another_process_runs_is_left_alone(tmp_path, fake_trainer, capsys):
-    """Of a comparison whose terminal was lost, say: its trainer has inherited the lock."""
+HOLDER = """
+import sys, time
+from pathlib import Path
+partial, finishes = Path(sys.argv[1]), sys.argv[2] == "finishes"
+time.sleep(1.5)
+assert (partial / "grpo.csv").read_text() == "of the other\\n"
+if finishes:
+    rows = ["iteration,eval_success,train_success", "0,0.1,0.2", "1,0.7,0.2", "10,0.7,"]
+    (partial / "grpo.csv").write_text("\\n".join(rows))
+"""
+
+
+@pytest.mark.skipif(compare.fcntl is None, reason="this system has no locks of files")
+@pytest.mark.parametrize("how", ["finishes", "dies"])
+def test_a_cell_that_another_process_runs_is_waited_for(how, tmp_path, fake_trainer, capsys):
+    """Of a comparison that was killed, say: its trainer has inherited the lock. What it makes is
+    taken; what it leaves unfinished is run again."""
     folder = tmp_path / "out" / "frozenlake"
-    (folder / "grpo-seed0.partial").mkdir(parents=True)
-    (folder / "grpo-seed0.partial" / "grpo.csv").write_text("of the other\n")
-    flags = ["--arms", "grpo", "--seeds", "0", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    partial = folder / "grpo-seed0.partial"
+    make_cell(tmp_path / "out", compare.Cell("frozenlake", "grpo", None, 0)).rename(partial)
+    (partial / "grpo.csv").write_text("of the other\n")
     with (folder / "grpo-seed0.txt").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        sleep = subprocess.Popen(["sleep", "60"], stdout=file)
-    with pytest.raises(SystemExit, match="1 of 1 cells failed"):
-        compare.main(flags)
-    said = capsys.readouterr()
-    assert "another process is running it" in said.out + said.err
-    assert (folder / "grpo-seed0.partial" / "grpo.csv").read_text() == "of the other\n"
-    sleep.kill()
-    sleep.wait()
+        compare.fcntl.flock(file, compare.fcntl.LOCK_EX)
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, partial, how], stdout=file)
+    flags = ["--arms", "grpo", "--seeds", "0", "--out", str(tmp_path / "out"), "--device", "cpu"]
     compare.main(flags)
-    assert (folder / "grpo-seed0" / "output.txt").exists()
+    said = capsys.readouterr()
+    assert "another process is running" in said.out + said.err
+    assert holder.wait() == 0  # it found its files as they were
+    assert (folder / "grpo-seed0" / "output.txt").exists() and not partial.exists()
+    final = [row["eval_success"] for row in rows_of(tmp_path / "out")][-1]
+    assert final == ("0.7" if how == "finishes" else "0.1")
     # done by another process since this one looked: not run again
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    cell = compare.Cell("frozenlake", "grpo", None, 0)
-    assert compare.run_cell(cell, [], tmp_path / "out", dict(os.environ), []) == ""
+    cell, environ = compare.Cell("frozenlake", "grpo", None, 0), dict(os.environ)
+    config = parse(PPOConfig, "", cell.flags([]))
+    problem = compare.run_cell(cell, config, [], tmp_path / "out", environ, threading.Event())
+    assert problem == ""
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+SLOW_TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+def end(*_):
+    (folder / "ended").write_text("")
+    raise SystemExit("interrupted")
+folder = Path(__file__).parent
+signal.signal(signal.SIGTERM, end)
+(folder / "pid").write_text(str(os.getpid()))
+while True:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
+def test_cells_end_with_a_comparison_that_is_killed(tmp_path):
+    """By kill -9, which no process can handle: its trainers trained on, as orphans."""
+    (tmp_path / "trainer.py").write_text(SLOW_TRAINER)
+    driver = "from pathlib import Path; from studies import compare; import sys; "
+    driver += "compare.TRAINER = Path(sys.argv[1]); compare.main(sys.argv[2:])"
+    flags = ["--seeds", "0", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command = [sys.executable, "-c", driver, str(tmp_path / "trainer.py"), *flags]
+    process = subprocess.Popen(command, cwd=compare.ROOT)
+    wait_until((tmp_path / "pid").exists)
+    process.kill()
+    process.wait()
+    wait_until((tmp_path / "ended").exists)
+
+
+def wait_until(happened, seconds=60):
+    ends = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def test_a_system_without_locks_and_hangups_compares_as_well(tmp_path, fake_trainer, monkeypatch):
+    """Windows has neither fcntl nor SIGHUP."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    out = tmp_path / "out"
+    flags = ["--arms", "grpo", "--seeds", "0", "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
+    folder = make_cell(out, compare.Cell("frozenlake", "grpo", None, 0))
+    runpy.run_module("studies.compare", run_name="__main__")
+    assert (out / "compare.csv").exists()
+    monkeypatch.setattr(compare, "fcntl", None)
+    (folder / "config.json").unlink()
+    folder.rename(folder.with_name("elsewhere"))
+    compare.main(flags)
+    assert (folder / "output.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ from studies import diagnose
 from studies.diagnose import (
     SIGNALS,
     TOKENS,
+    Batch,
     DiagnoseConfig,
     correlations,
-    measure,
+    measure_groups,
     spearman,
     spearman_test,
     token_choices,
@@ -155,7 +156,7 @@ def test_group_means_by_hand():
     rollouts, frozen = two_rollouts()
     logprob = rollouts.old_logprob
     rollouts.old_logprob = torch.full_like(logprob, math.nan)  # what the sampler said is not read
-    (row,) = measure(rollouts, frozen, logprob, range(7, 8), group_size=2)
+    (row,) = measure_groups(Batch(range(7, 8), rollouts, frozen, logprob), group_size=2)
     assert (row["seed"], row["success"], row["reward_variance"], row["turns"]) == (7, 0.5, 0.5, 1.5)
     assert row["action_fraction"] == pytest.approx(6 / 15) and row["tokens"] == 7.5
     assert row["energy_action"] == pytest.approx(10 * (3 + 4 + 9 + 10 + 15 + 16) / 6)

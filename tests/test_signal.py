@@ -1,4 +1,4 @@
-"""gradient_signal.py: gradients of parts against autograd, signal and noise by hand and known."""
+"""gradient_signal.py: gradients against autograd; signal and noise by hand, and where known."""
 
 import csv
 import math
@@ -11,7 +11,6 @@ import torch
 from actfocus import actfocus_weights, clipped_loss, group_advantages
 from arms import ARMS
 from rollout import rollout, score_all, scored_hidden
-from segment import Segment
 from studies import gradient_signal as gs
 from studies.diagnose import DiagnoseConfig, diagnose
 from worlds import make_env
@@ -42,9 +41,9 @@ def block(built_in, played):
 def written_gradient(policy, rollouts, frozen, arm):
     """Of the loss of a whole batch under an arm's weights, as a single expression."""
     response = rollouts.response
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
-    weights = actfocus_weights(frozen.energy, reasoning, action, response, arm.alpha, arm.beta)
+    weights = actfocus_weights(
+        frozen.energy, rollouts.reasoning, rollouts.action, response, arm.alpha, arm.beta
+    )
     rows = torch.arange(len(response))
     hidden, targets = scored_hidden(policy, rollouts, rows, response)
     logp = (hidden @ policy.head.T / 0.9).log_softmax(-1)
@@ -56,7 +55,9 @@ def written_gradient(policy, rollouts, frozen, arm):
 
 
 @pytest.mark.parametrize("name", ["grpo", "discount", "actfocus", "energy", "no-reasoning"])
-def test_a_mixture_of_parts_is_the_gradient_of_the_weighted_loss(built_in, played, block, name):
+def test_a_mixture_of_components_is_the_gradient_of_the_weighted_loss(
+    built_in, played, block, name
+):
     rollouts, frozen = played
     arm = gs.WEIGHTINGS[name]
     mixed = block.gradient(gs.mixture(arm))
@@ -66,15 +67,16 @@ def test_a_mixture_of_parts_is_the_gradient_of_the_weighted_loss(built_in, playe
 
 def test_the_placebo_has_the_same_weights_and_no_signal_of_its_own_shift(built_in, played):
     rollouts, frozen = played
-    parts = gs.token_parts(rollouts, frozen, frozen.logprob)
-    assert "shift" not in parts  # a policy has not shifted from itself
-    assert "shift" in gs.token_parts(rollouts, frozen, frozen.logprob - torch.rand(8, 1))
+    components = gs.weight_components(rollouts, frozen, frozen.logprob)
+    assert "shift" not in components  # a policy has not shifted from itself
+    assert "shift" in gs.weight_components(rollouts, frozen, frozen.logprob - torch.rand(8, 1))
     shares = gs.mixture(ARMS["actfocus"])
-    weights = sum(share * parts[name] for name, share in shares.items())
+    weights = sum(share * components[name] for name, share in shares.items())
     response = rollouts.response
-    assert torch.equal(parts["placebo"][response].sort()[0], weights[response].sort()[0])
-    assert not torch.equal(parts["placebo"], weights) and not parts["placebo"][~response].any()
-    classes = parts["reasoning"] + parts["action"] + parts["format"]
+    assert torch.equal(components["placebo"][response].sort()[0], weights[response].sort()[0])
+    assert not torch.equal(components["placebo"], weights)
+    assert not components["placebo"][~response].any()
+    classes = components["reasoning"] + components["action"] + components["format"]
     assert torch.equal(classes, response.float())
 
 
@@ -141,6 +143,18 @@ def test_signal_and_noise_by_hand():
     scaled = gradients * torch.tensor([0.1, 10.0]).double()
     assert gs.signal_to_noise(scaled, as_adam=True).value == pytest.approx(raw.value)
     assert gs.signal_to_noise(scaled, as_adam=False).value < 0  # the noise drowns it
+
+
+def test_leaving_a_block_out_is_the_estimate_of_the_others():
+    """The docstring's formula for R_k, and the interval of its pseudo-values."""
+    gradients = torch.randn(7, 30, generator=torch.Generator().manual_seed(5)).double() + 0.2
+    ratio = gs.signal_to_noise(gradients, as_adam=False)
+    for k in range(7):
+        others = torch.cat([gradients[:k], gradients[k + 1 :]])
+        assert ratio.without[k] == pytest.approx(gs.signal_to_noise(others, False).value)
+    pseudo_values = [7 * ratio.value - 6 * without for without in ratio.without]
+    half = 2.447 * np.std(pseudo_values, ddof=1) / math.sqrt(7)  # t of 6 degrees of freedom
+    assert ratio.interval() == pytest.approx((ratio.value - half, ratio.value, ratio.value + half))
 
 
 def test_a_coordinate_that_one_block_alone_moves_does_not_decide():
