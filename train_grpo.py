@@ -30,7 +30,7 @@ from arms import ARMS, Arm, token_signals
 from energy import TokenStats
 from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy, load_policy
-from rollout import Rollouts, repeated, rollout, score_all, scored_hidden, start_rows
+from rollout import Rollouts, check_prompt_fits, repeated, rollout, score_all, scored_hidden
 from segment import Segment
 from support import logs, memory
 from support.checkpoint import Checkpoints, sync
@@ -48,7 +48,7 @@ def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = Non
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
         memory.announce(folder, config, arms.values())
         policy = load_policy(folder, config.device, config.bfloat16)
-        start_rows(policy, lambda: make_env(config.env), [EVAL_SEEDS], 0, config.max_tokens)
+        check_prompt_fits(policy, make_env(config.env), config.max_tokens, seed=EVAL_SEEDS)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
     if config.gradient_checkpointing:
