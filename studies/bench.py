@@ -48,7 +48,6 @@ from envs import Step
 from fused_loss import LossSettings, fused_policy_loss, policy_loss, token_loss
 from policy import Policy, load_policy
 from rollout import Rollouts, rollout
-from segment import Segment
 from support.config import Config
 from support.warm_start import start_folder
 from train_grpo import Guard, score, update
@@ -297,8 +296,8 @@ def learn(
 ) -> None:  # fmt: skip
     """Stages 6 and 7 of train_grpo.py: reference pass, weights, update."""
     response = rollouts.response
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
+    reasoning = rollouts.reasoning
+    action = rollouts.action
     signal = torch.zeros(response.shape, device=policy.device)
     if arm.beta or config.kl_coef:
         chosen = response if config.kl_coef else action

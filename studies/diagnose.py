@@ -34,7 +34,6 @@ from arms import SIGNALS, token_signals, turn_numbers
 from energy import TokenStats
 from policy import Policy, load_policy
 from rollout import Rollouts, repeated
-from segment import Segment
 from studies.gradient_signal import (
     PROMPTS_PER_BLOCK,
     Block,
@@ -177,8 +176,8 @@ def draw_weights(
     out: Path, policy: Policy, rollouts: Rollouts, frozen: TokenStats, config: DiagnoseConfig
 ) -> None:
     """Transcripts, coloured by the weights that ActFocus would give."""
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
+    reasoning = rollouts.reasoning
+    action = rollouts.action
     weights = actfocus_weights(
         frozen.energy, reasoning, action, rollouts.response, config.alpha, config.beta
     )
@@ -191,7 +190,7 @@ def draw_weights(
 def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
     """Masks (B, T). `decision` is the action token of each turn at which the reference's entropy is
     highest: in a JSON call most tokens are boilerplate, and this one decides."""
-    action = rollouts.labels == Segment.ACTION
+    action = rollouts.action
     turn = turn_numbers(rollouts.response)
     entropy = frozen.entropy.masked_fill(~action, -1.0)
     lowest = torch.full_like(entropy, -1.0)
@@ -199,7 +198,7 @@ def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
     return {
         "action": action,
         "decision": action & (entropy == highest.gather(1, turn)),
-        "reasoning": rollouts.labels == Segment.REASONING,
+        "reasoning": rollouts.reasoning,
         "all": rollouts.response,
     }
 

@@ -36,7 +36,6 @@ from energy import TokenStats, token_stats
 from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy
 from rollout import Rollouts, scored_hidden
-from segment import Segment
 from support.logs import t_interval
 
 PROMPTS_PER_BLOCK = 2
@@ -73,8 +72,8 @@ def token_parts(rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor) -> 
     the sigmoid that beta multiplies, at action tokens; and the weights of the placebo. Mean and
     deviation of a signal are of these rollouts, a block; in training, of the whole iteration."""
     response = rollouts.response
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
+    reasoning = rollouts.reasoning
+    action = rollouts.action
     masks = {"reasoning": reasoning, "action": action, "format": response & ~reasoning & ~action}
     parts = {name: mask.float() for name, mask in masks.items()}
     signals = token_signals(frozen, old_logprob)

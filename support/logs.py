@@ -21,7 +21,6 @@ from tqdm import tqdm
 from arms import ARMS, Arm
 from policy import Policy
 from rollout import Rollouts
-from segment import Segment
 
 COLUMNS = {  # of a log; row k: of the policy after k iterations and what it plays then
     "iteration": "iterations before this row",
@@ -315,14 +314,14 @@ def behaviour(
     credit = advantages[rollouts.response]
     following = torch.nn.functional.pad(rollouts.response, (0, 1))[:, 1:]
     last = rollouts.ids[rollouts.response & ~following]  # (turns,): the last token of each
-    tokens, reasoning = rollouts.response.sum().item(), rollouts.labels == Segment.REASONING
+    tokens, reasoning = rollouts.response.sum().item(), rollouts.reasoning
     return {
         "advantage_mean": credit.mean().item(),
         "advantage_std": credit.std(correction=0).item(),
         "turns": rollouts.turns.float().mean().item(),
         "cut_turns": (last != end_of_turn).float().mean().item(),
         "response_tokens": tokens / len(rollouts.ids),
-        "action_fraction": (rollouts.labels == Segment.ACTION).sum().item() / tokens,
+        "action_fraction": rollouts.action.sum().item() / tokens,
         # nan if no fact is stated
         "reasoning_accuracy": (rollouts.true_facts.sum() / rollouts.facts.sum()).item(),
         "turns_without_facts": (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item(),

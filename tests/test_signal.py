@@ -11,7 +11,6 @@ import torch
 from actfocus import actfocus_weights, clipped_loss, group_advantages
 from arms import ARMS
 from rollout import rollout, score_all, scored_hidden
-from segment import Segment
 from studies import gradient_signal as gs
 from studies.diagnose import DiagnoseConfig, diagnose
 from worlds import make_env
@@ -42,8 +41,8 @@ def block(built_in, played):
 def written_gradient(policy, rollouts, frozen, arm):
     """Of the loss of a whole batch under an arm's weights, as a single expression."""
     response = rollouts.response
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
+    reasoning = rollouts.reasoning
+    action = rollouts.action
     weights = actfocus_weights(frozen.energy, reasoning, action, response, arm.alpha, arm.beta)
     rows = torch.arange(len(response))
     hidden, targets = scored_hidden(policy, rollouts, rows, response)
