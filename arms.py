@@ -19,7 +19,6 @@ from torch import Tensor
 from actfocus import actfocus_weights
 from energy import TokenStats
 from rollout import Rollouts
-from segment import Segment
 
 # What may tell how uncertain an action token is (paper, appendix): name, label.
 SIGNALS = {"energy": "energy", "entropy": "entropy", "nll": "policy NLL", "shift": "log-prob shift"}
@@ -56,7 +55,7 @@ def blame_silence(weights: Tensor, rollouts: Rollouts, seed: int) -> Tensor:
     """Weight 1 in turns without an action token. Most such turns never leave their thought, and
     ActFocus blames them with a tenth of the weight only. (Our decision: results/worlds.md.)"""
     response, turn = rollouts.response, turn_numbers(rollouts.response)  # (B, T)
-    action = (rollouts.labels == Segment.ACTION).long()
+    action = rollouts.action.long()
     calls = torch.zeros_like(turn).scatter_reduce(1, turn, action, "amax")  # (B, T), by turn
     return weights.masked_fill(response & (calls.gather(1, turn) == 0), 1.0)
 

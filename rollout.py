@@ -1,8 +1,9 @@
 """Many episodes in one batch, tokens in, tokens out.
 
-Every row holds its own episode, and all rows stand at the same position: at each step a row feeds
-either the token that it just sampled or the next token that is forced on it (the rest of its
-prompt, the end of a cut turn, a tool's response). Two rows, eight positions:
+A row is one episode. All rows of a batch stand at the same position. At each step, every row feeds
+one token to the model: either the token that it has just sampled, or the next token that is forced
+on it (the rest of its prompt, the end of a turn that was cut, a tool's response). Two rows over
+eight positions:
 
     position  0 1 2 3 4 5 6 7        P: prompt, s: sampled, R: a tool's response
     row 0     P P s s R R s s        its turn ended at 3: a response is forced, then it samples
@@ -10,7 +11,7 @@ prompt, the end of a cut turn, a tool's response). Two rows, eight positions:
 
 So no row waits for another's turn, nothing is padded on the left, causality is the only mask, and
 one key-value cache lives across all turns. The ids that training sees are the ids that were
-sampled: nothing is decoded and encoded again.
+sampled: nothing is decoded and encoded a second time.
 
     seeds = [7, 7, 8, 8]                 # two groups of two
     rollouts = rollout(policy, lambda: make_env("frozenlake"), seeds, temperature=1.0)
@@ -37,8 +38,8 @@ from segment import Segment, segment_batch
 
 @dataclass
 class Rollouts:
-    """B finished episodes, right-padded to T tokens. Position t of `old_logprob` and `labels`
-    speaks of the token ids[:, t]."""
+    """B finished episodes, right-padded to T tokens. Position t of `old_logprob` and `labels` is
+    about the token ids[:, t]."""
 
     # (B, T) int64: prompt, turns and tool responses as the model saw them; 0 after the end
     ids: Tensor
@@ -60,26 +61,30 @@ class Rollouts:
 
     @property
     def reasoning(self) -> Tensor:
-        """(B, T) bool: the tokens of thoughts."""
+        """(B, T) bool: the sampled tokens that are reasoning."""
         return self.labels == Segment.REASONING
 
     @property
     def action(self) -> Tensor:
-        """(B, T) bool: the tokens of calls."""
+        """(B, T) bool: the sampled tokens that are the call of a tool."""
         return self.labels == Segment.ACTION
 
-    def take(self, rows: Tensor) -> Rollouts:
-        """Some of the episodes."""
-        return Rollouts(*(getattr(self, each.name)[rows] for each in fields(self)))
+    def take(self, indices: Tensor) -> Rollouts:
+        """The episodes with these indices, in their order."""
+        taken = {each.name: getattr(self, each.name)[indices] for each in fields(self)}
+        return Rollouts(**taken)
 
-    def micro_batches(self, rows: Tensor, micro_tokens: int) -> list[Tensor]:
-        """Split rows into batches of like length that hold at most micro_tokens with their padding
-        (but always one row)."""
-        lengths, batches = self.lengths.tolist(), [[]]
-        for row in sorted(rows.tolist(), key=lengths.__getitem__):  # the newest row is the longest
-            if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > micro_tokens:
+    def micro_batches(self, indices: Tensor, micro_tokens: int) -> list[Tensor]:
+        """Split indices of episodes into batches of similar length. Each batch holds at most
+        micro_tokens tokens, padding included, but always at least one episode."""
+        lengths = self.lengths.tolist()
+        batches = [[]]
+        for index in sorted(indices.tolist(), key=lengths.__getitem__):
+            # The newest episode is the longest so far, and all others are padded to its length.
+            padded_tokens = (len(batches[-1]) + 1) * lengths[index]
+            if batches[-1] and padded_tokens > micro_tokens:
                 batches.append([])
-            batches[-1].append(row)
+            batches[-1].append(index)
         return [torch.tensor(batch) for batch in batches]
 
 
@@ -97,6 +102,15 @@ class Row:
     steps: list[Step] = field(default_factory=list)
     done: bool = False
 
+    def samples_at(self, position: int) -> bool:
+        """Is the token at this position, which comes next in the batch, one for the model to
+        sample? It is unless the token is already known or the episode is over."""
+        return len(self.ids) == position and not self.done
+
+    def token_at(self, position: int) -> int:
+        """The token to feed at a position: 0 if the episode was over before."""
+        return self.ids[position] if position < len(self.ids) else 0
+
     def force(self, ids: list[int]) -> None:
         """Append tokens that the model did not sample."""
         self.ids += ids
@@ -112,16 +126,18 @@ class Row:
 
     def end_turn(self, policy: Policy) -> None:
         """Let the environment play the turn, and force what the model sees next."""
-        ended = self.turn[-1] == policy.end_of_turn
+        is_closed = self.turn[-1] == policy.end_of_turn
         step = self.env.step(policy.turn_text(self.turn))
-        self.turn, self.done = [], step.done
+        self.turn = []
         self.steps.append(step)
-        if not step.done:
-            # A turn that was cut, or that ended in another control token, is closed for the model:
-            # what it wrote cannot pose as a tool's response or as another role.
-            if not ended:
-                self.force([policy.end_of_turn])
-            self.force(policy.result(step.observation))
+        self.done = step.done
+        if step.done:
+            return
+        # A turn that was cut, or that ended in another control token, is closed for the model: what
+        # it wrote cannot pose as a tool's response or as another role.
+        if not is_closed:
+            self.force([policy.end_of_turn])
+        self.force(policy.result(step.observation))
 
 
 @torch.no_grad()
@@ -139,7 +155,7 @@ def rollout(
     """Play one episode per seed, `at_once` of them in a batch. A seed that is given G times makes a
     GRPO group of G.
 
-    A turn ends at the end-of-turn token, at any other control token, or after `max_turn_tokens`; an
+    A turn ends at the end-of-turn token, at any other control token, or after `max_turn_tokens`. An
     episode that reaches `max_tokens` positions ends there as it stands. The random numbers of an
     episode depend on sampling_seed, its seed and how many equal seeds came before it, so neither
     the batch's size nor its order changes what is played (beyond rounding). Raises ValueError for
@@ -147,43 +163,43 @@ def rollout(
     """
     if not len(seeds) or not temperature > 0:
         raise ValueError(f"{len(seeds)} seeds at temperature {temperature}: both must be positive")
-    rows = start_rows(policy, env_factory, seeds, sampling_seed, max_tokens)
+    rows = new_rows(policy, env_factory, seeds, sampling_seed, max_tokens)
     with policy.autocast():  # once around all steps: it casts the weights once
-        for start in range(0, len(rows), at_once):
-            some = rows[start : start + at_once]
-            play_rows(policy, some, temperature, max_turn_tokens, max_tokens)
+        for first in range(0, len(rows), at_once):
+            batch = rows[first : first + at_once]
+            play_batch(policy, batch, temperature, max_turn_tokens, max_tokens)
     return collate(policy, rows, max_tokens)
 
 
-def play_rows(
+def play_batch(
     policy: Policy, rows: list[Row], temperature: float, max_turn_tokens: int, max_tokens: int
 ) -> None:
-    """Play the episodes of one batch, in place."""
+    """Play the episodes of one batch to their end, in place."""
     cache = preallocated_cache(policy.model, max_tokens)
     position, hidden = prefill(policy, rows, cache)
     while True:
-        # `hidden` predicts the token at `position`: a row that does not know it samples it.
+        # `hidden` (rows, H) predicts the tokens at `position`. Every row draws one, and the rows
+        # that already know theirs do not use it.
         uniforms = [row.uniforms[position] for row in rows]
         tokens, logprobs = sample(hidden, policy.head, temperature, uniforms)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            if len(row.ids) == position and not row.done:
+            if row.samples_at(position):
                 row.sample(token, logprob)
                 if token in policy.control_tokens or len(row.turn) == max_turn_tokens:
                     row.end_turn(policy)
-        position += 1
-        playing = [i for i, row in enumerate(rows) if not row.done]
-        if not playing or position == max_tokens:
+        playing = [index for index, row in enumerate(rows) if not row.done]
+        if not playing or position + 1 == max_tokens:
             return
         if len(playing) < 0.9 * len(rows):  # several leave at a time, since the cache is copied
-            rows = [rows[i] for i in playing]
+            rows = [rows[index] for index in playing]
             cache.batch_select_indices(torch.tensor(playing, device=policy.device))
-        fed = [row.ids[position - 1] if position <= len(row.ids) else 0 for row in rows]
-        ids = torch.tensor(fed, device=policy.device)[:, None]  # (rows, 1)
-        hidden = policy.hidden(ids, cache)[:, -1]  # (rows, H)
+        fed = torch.tensor([row.token_at(position) for row in rows], device=policy.device)
+        hidden = policy.hidden(fed[:, None], cache)[:, -1]  # (rows, H)
+        position += 1
 
 
 def repeated(seeds: Sequence[int], times: int) -> list[int]:
-    """Seeds of groups.
+    """Seeds of groups: each seed several times, one group after the other.
 
     >>> repeated([7, 8], times=2)
     [7, 7, 8, 8]
@@ -191,41 +207,54 @@ def repeated(seeds: Sequence[int], times: int) -> list[int]:
     return [seed for seed in seeds for _ in range(times)]
 
 
-def start_rows(
+def new_rows(
     policy: Policy, env_factory: Callable, seeds: Sequence[int], sampling_seed: int, max_tokens: int
 ) -> list[Row]:
     """A row per seed, with its prompt as the first tokens."""
-    rows, seen = [], Counter()
+    rows = []
+    times_seen = Counter()
     for seed in seeds:
         env = env_factory()
         prompt = policy.prompt(env.system, env.tools, env.reset(seed))
-        if len(prompt) >= max_tokens:
-            raise ValueError(
-                f"the prompt of seed {seed} has {len(prompt)} tokens: "
-                f"max_tokens is {max_tokens}, raise it"
-            )
-        generator = np.random.default_rng([sampling_seed, seed, seen[seed]])
-        seen[seed] += 1
+        check_length(prompt, seed, max_tokens)
+        generator = np.random.default_rng([sampling_seed, seed, times_seen[seed]])
+        times_seen[seed] += 1
         row = Row(env, generator.random(max_tokens, dtype=np.float32))
         row.force(prompt)
         rows.append(row)
     return rows
 
 
+def check_prompt_fits(policy: Policy, env: object, max_tokens: int, seed: int = 0) -> None:
+    """Raises ValueError if the prompt of an environment's episode leaves no room for a turn."""
+    check_length(policy.prompt(env.system, env.tools, env.reset(seed)), seed, max_tokens)
+
+
+def check_length(prompt: list[int], seed: int, max_tokens: int) -> None:
+    if len(prompt) >= max_tokens:
+        raise ValueError(
+            f"the prompt of seed {seed} has {len(prompt)} tokens: "
+            f"max_tokens is {max_tokens}, raise it"
+        )
+
+
 def prefill(policy: Policy, rows: list[Row], cache: Cache) -> tuple[int, Tensor]:
-    """Feed what all prompts have in length at once, each distinct beginning only once; the rest is
-    forced token by token.
+    """Feed the beginning of all prompts at once, up to the length of the shortest prompt.
+
+    The rows of a group share their prompt: it is computed once, and the cache is then copied for
+    each of them. What is left of longer prompts is forced token by token.
 
     Returns the position that comes next and the hidden states (rows, H) that predict it.
     """
     shortest = min(len(row.ids) for row in rows)
-    ids = [tuple(row.ids[:shortest]) for row in rows]
-    number_of = {beginning: number for number, beginning in enumerate(dict.fromkeys(ids))}
-    beginnings = torch.tensor(list(number_of), device=policy.device)  # (distinct, shortest)
-    hidden = policy.hidden(beginnings, cache)[:, -1]  # (distinct, H)
-    which = torch.tensor([number_of[beginning] for beginning in ids], device=policy.device)
-    cache.batch_select_indices(which)
-    return shortest, hidden[which]
+    beginnings = [tuple(row.ids[:shortest]) for row in rows]
+    distinct = list(dict.fromkeys(beginnings))
+    ids = torch.tensor(distinct, device=policy.device)  # (distinct, shortest)
+    hidden = policy.hidden(ids, cache)[:, -1]  # (distinct, H)
+    number_of = {beginning: number for number, beginning in enumerate(distinct)}
+    indices = torch.tensor([number_of[each] for each in beginnings], device=policy.device)
+    cache.batch_select_indices(indices)  # from one entry a prompt to one a row
+    return shortest, hidden[indices]
 
 
 def sample(
@@ -273,28 +302,29 @@ def collate(policy: Policy, rows: list[Row], stop: int) -> Rollouts:
 
 
 def scored_hidden(
-    policy: Policy, rollouts: Rollouts, rows: Tensor, chosen: Tensor
+    policy: Policy, rollouts: Rollouts, indices: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The hidden states (N, H) that predict the N tokens of some rows that are chosen, (B, T) bool,
-    and these tokens (N,). Position t - 1 predicts the token at t."""
-    stop = int(rollouts.lengths[rows].max())
-    ids = rollouts.ids[rows, :stop]  # (b, stop)
-    chosen = chosen[rows, 1:stop]  # (b, stop - 1)
-    return policy.hidden(ids[:, :-1])[chosen], ids[:, 1:][chosen]
+    """The hidden states (N, H) that predict the N tokens in a mask (B, T) of some episodes, and
+    these tokens (N,). The token at position t is predicted at position t - 1."""
+    stop = int(rollouts.lengths[indices].max())
+    ids = rollouts.ids[indices, :stop]  # (b, stop)
+    mask = mask[indices, 1:stop]  # (b, stop - 1)
+    return policy.hidden(ids[:, :-1])[mask], ids[:, 1:][mask]
 
 
 @torch.no_grad()
 def score_all(
-    policy: Policy, rollouts: Rollouts, chosen: Tensor, temperature: float, micro_tokens: int
+    policy: Policy, rollouts: Rollouts, mask: Tensor, temperature: float, micro_tokens: int
 ) -> TokenStats:
-    """Statistics of the chosen tokens, each (B, T); 0 at the others, which cost no product with the
-    head."""
+    """Statistics of the tokens in a mask (B, T), each (B, T); 0 at all other tokens, which are left
+    out of the product with the head."""
     full = TokenStats(*torch.zeros(3, *rollouts.ids.shape, device=policy.device))
-    for rows in rollouts.micro_batches(torch.arange(len(rollouts.ids)), micro_tokens):
-        hidden, targets = scored_hidden(policy, rollouts, rows, chosen)
-        row, position = chosen[rows].nonzero(as_tuple=True)  # (N,), (N,)
+    for indices in rollouts.micro_batches(torch.arange(len(rollouts.ids)), micro_tokens):
+        hidden, targets = scored_hidden(policy, rollouts, indices, mask)
         with policy.autocast():
             stats = token_stats(hidden, policy.head, targets, temperature=temperature)
+        within, positions = mask[indices].nonzero(as_tuple=True)  # (N,), (N,)
+        episodes = indices.to(policy.device)[within]  # (N,)
         for laid_out, packed in zip(full, stats, strict=True):
-            laid_out[rows.to(policy.device)[row], position] = packed
+            laid_out[episodes, positions] = packed
     return full

@@ -424,7 +424,7 @@ def load(config: Config, arms: dict[str, Arm]) -> Policy:
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
         memory.print_estimate(folder, config, arms.values())
         policy = load_policy(folder, config.device, config.bfloat16)
-        check_prompt_fits(policy, make_env(config.env), EVAL_SEEDS, config.max_tokens)
+        check_prompt_fits(policy, make_env(config.env), config.max_tokens, seed=EVAL_SEEDS)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
     if config.gradient_checkpointing:

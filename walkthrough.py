@@ -22,7 +22,6 @@ from actfocus import actfocus_weights, clipped_loss, group_advantages
 from fused_loss import fused_policy_loss
 from policy import load_policy
 from rollout import rollout, score_all, scored_hidden
-from segment import Segment
 from support import logs
 from support.transcripts import TERMINAL_WIDTH as WIDTH
 from support.transcripts import (
@@ -112,8 +111,8 @@ def main() -> None:
         format. Here is the turn again, with the number of tokens of each part.
         """)  # fmt: skip
     response = rollouts.response  # (4, T) bool: what the model wrote
-    reasoning = rollouts.labels == Segment.REASONING  # (4, T) bool
-    action = rollouts.labels == Segment.ACTION  # (4, T) bool
+    reasoning = rollouts.reasoning  # (4, T) bool
+    action = rollouts.action  # (4, T) bool
     print_tokens(turn, rollouts.labels[best])
 
     stage("5", "Advantages", """

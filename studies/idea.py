@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from actfocus import actfocus_weights
 from policy import load_policy
 from rollout import rollout, score_all
-from segment import Segment
 from support.transcripts import add_scale, draw_boxes, lay_out, pieces
 from support.warm_start import start_folder
 from worlds import make_env
@@ -20,8 +19,8 @@ def main() -> None:
     policy = load_policy(start_folder("frozenlake"))
     rollouts = rollout(policy, lambda: make_env("frozenlake"), range(64), temperature=0.5)
     response = rollouts.response
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
+    reasoning = rollouts.reasoning
+    action = rollouts.action
     energy = score_all(policy, rollouts, response, temperature=1.0, micro_tokens=8192).energy
     weights = {
         "GRPO": response.float(),

@@ -31,7 +31,6 @@ from tqdm import tqdm
 from arms import ARMS
 from policy import Policy
 from rollout import Rollouts
-from segment import Segment
 
 # The columns of a log. Row k describes the policy after k iterations, and what it plays then.
 COLUMNS = {
@@ -460,21 +459,19 @@ def batch_statistics(
     weights, advantages: (B, T), as in the loss. end_of_turn: the id of that control token.
     """
     response = rollouts.response  # (B, T)
-    reasoning = rollouts.labels == Segment.REASONING
-    action = rollouts.labels == Segment.ACTION
     tokens = response.sum().item()
     following = torch.nn.functional.pad(response, (0, 1))[:, 1:]
     last = rollouts.ids[response & ~following]  # (turns,): the last token of each turn
     credit = advantages[response]  # (tokens,)
     accuracy = rollouts.true_facts.sum() / rollouts.facts.sum()  # nan if no fact is stated
-    reasoning_share = weights[reasoning].sum() / weights.sum().clamp(min=1e-9)
+    reasoning_share = weights[rollouts.reasoning].sum() / weights.sum().clamp(min=1e-9)
     return {
         "advantage_mean": credit.mean().item(),
         "advantage_std": credit.std(correction=0).item(),
         "turns": rollouts.turns.float().mean().item(),
         "cut_turns": (last != end_of_turn).float().mean().item(),
         "response_tokens": tokens / len(rollouts.ids),
-        "action_fraction": action.sum().item() / tokens,
+        "action_fraction": rollouts.action.sum().item() / tokens,
         "reasoning_accuracy": accuracy.item(),
         "turns_without_facts": (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item(),
         "mean_weight": weights.sum().item() / tokens,

@@ -42,7 +42,6 @@ from energy import token_stats
 from fused_loss import fused_policy_loss
 from policy import Policy, load_policy
 from rollout import rollout
-from segment import Segment
 from worlds import ENVIRONMENTS, make_env
 
 STARTS = Path(__file__).parents[1] / "starts"
@@ -333,7 +332,7 @@ def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: i
     success = rollouts.success.float().mean().item()
     facts = (rollouts.true_facts.sum() / rollouts.facts.sum().clamp(min=1)).item()
     without_facts = rollouts.turns_without_facts.sum().item() / turns
-    action = ((rollouts.labels == Segment.ACTION).sum() / rollouts.response.sum()).item()
+    action = (rollouts.action.sum() / rollouts.response.sum()).item()
     return (
         f"temperature {temperature:g}: success {success:.1%}, {facts:.1%} of the facts true, "
         f"{without_facts:.1%} of the turns without, {malformed:.1%} malformed, "

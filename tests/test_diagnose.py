@@ -116,7 +116,8 @@ def test_turns_are_counted_and_those_without_a_call_found():
     ]
     energy = torch.arange(20, dtype=torch.float32).reshape(2, 10)
     weights = actfocus_weights(energy, reasoning, action, response, alpha=0.1, beta=0.0)
-    weights = blame_silence(weights, SimpleNamespace(response=response, labels=labels), seed=0)
+    rollouts = SimpleNamespace(response=response, action=action)
+    weights = blame_silence(weights, rollouts, seed=0)
     assert weights[0].tolist() == pytest.approx([0, 1, 1, 0, 0, 0.1, 1, 1, 0, 1])
     assert weights[1].tolist() == pytest.approx([0, 0, 1, 1, 0, 1, 1, 0, 0, 0])
 

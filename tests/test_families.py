@@ -172,7 +172,7 @@ def test_it_calls_tools_and_is_scored_as_it_was_sampled(family):
     what a whole pass does."""
     policy = load_policy(family)
     rollouts = rollout(policy, lambda: make_env("frozenlake"), list(range(8)), max_turn_tokens=120)
-    assert (rollouts.labels == Segment.ACTION).sum() > 8 * 5 and rollouts.facts.sum() > 8
+    assert rollouts.action.sum() > 8 * 5 and rollouts.facts.sum() > 8
     stats = score_all(policy, rollouts, rollouts.response, temperature=1.0, micro_tokens=4096)
     assert (stats.logprob - rollouts.old_logprob).abs().max() < 1e-3
 

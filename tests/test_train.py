@@ -412,7 +412,7 @@ def test_score_matches_the_full_logits_of_single_rows(built_in, played):
                 full[row, 1:length][response].double(), expected[response], atol=1e-4, rtol=1e-5
             )
             assert (full[row][~played.response[row]] == 0).all()
-    action = played.labels == Segment.ACTION
+    action = played.action
     some = score_all(
         built_in, played, action, 0.7, 2000
     )  # as ActFocus reads the reference: the action tokens alone

@@ -14,7 +14,6 @@ from test_policy import THINKING_TEMPLATE, as_text, foreign_checkpoint
 
 from policy import load_policy
 from rollout import rollout
-from segment import Segment
 from support import warm_start as warm_start_module
 from support.warm_start import (
     EVAL_SEEDS,
@@ -81,7 +80,7 @@ def test_the_starts_speak_well_and_leave_room(env):
     success = rollouts.success.float().mean().item()
     facts = (rollouts.true_facts.sum() / rollouts.facts.sum()).item()
     silent = (rollouts.turns_without_facts.sum() / rollouts.turns.sum()).item()
-    share = ((rollouts.labels == Segment.ACTION).sum() / rollouts.response.sum()).item()
+    share = (rollouts.action.sum() / rollouts.response.sum()).item()
     assert least <= success <= most and facts > truth and silent < 0.03, (success, facts, silent)
     assert share <= largest
     assert policy.model.num_parameters() < 1_000_000
@@ -106,7 +105,7 @@ def test_the_start_names_both_cells_truly_and_speaks_the_protocol(built_in):
     seeds = range(EVAL_SEEDS, EVAL_SEEDS + 128)
     rollouts = rollout(built_in, lambda: Listening(truths), seeds, 0.5)
     penalties = (rollouts.rewards - rollouts.success.float()).sum() / rollouts.turns.sum() / -0.1
-    reasoning = (rollouts.labels == Segment.REASONING).sum() / rollouts.response.sum()
+    reasoning = rollouts.reasoning.sum() / rollouts.response.sum()
     assert penalties < 0.03 and reasoning > 0.75
     assert len(truths) == rollouts.turns.sum() and sum(truths) / len(truths) > 0.9
 
