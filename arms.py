@@ -3,9 +3,9 @@
     python train_actfocus.py --arms grpo,placebo
     python train_ppo.py --arms ppo,grpo
 
-An arm is how much a token counts (alpha, beta, the signal), where advantages come from (groups, or
-with a critic PPO's), and for a control what is done to the weights at last. A new arm is one line
-in ARMS.
+An arm says how much a token counts (alpha, beta, the signal), where advantages come from (from
+groups, or from PPO's critic), and, for a control, what is done to the weights at the end. A new
+arm is one line in ARMS, and, if it is a new rule, one function above it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actfocus import actfocus_weights
 from energy import TokenStats
 from rollout import Rollouts
 from segment import Segment
 
-# What may tell how much an action token matters (paper, appendix): name, label.
+# What may tell how uncertain an action token is (paper, appendix): name, label.
 SIGNALS = {"energy": "energy", "entropy": "entropy", "nll": "policy NLL", "shift": "log-prob shift"}
 
 
@@ -74,7 +75,7 @@ def turn_numbers(response: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- the table
 @dataclass(frozen=True)
 class Arm:
-    """How an arm credits tokens."""
+    """One way of crediting tokens."""
 
     label: str  # in pictures
     color: str
@@ -82,12 +83,32 @@ class Arm:
     beta: float = 0.0  # how much more an action token weighs where the signal is high
     signal: str = "energy"  # of SIGNALS
     critic: bool = False  # PPO: advantages come from a critic, and not from groups
-    change: Callable[[Tensor, Rollouts, int], Tensor] | None = None  # of the weights, at last
+    change: Callable[[Tensor, Rollouts, int], Tensor] | None = None  # a control's last step
 
     @property
     def uniform(self) -> bool:
         """Do all tokens weigh alike?"""
         return self.alpha == 1 and self.beta == 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Does the frozen reference have to read the rollouts?"""
+        return self.beta > 0
+
+    def weights(self, rollouts: Rollouts, frozen: TokenStats | None, seed: int) -> Tensor:
+        """The weight of every token, (B, T) float32: stage 6b of the training loop.
+
+        frozen: what the reference says of at least the action tokens, (B, T) each; None for an arm
+        that does not need it. seed: for controls that draw at random.
+        """
+        if frozen is None:
+            signal = torch.zeros_like(rollouts.old_logprob)
+        else:
+            signal = token_signals(frozen, rollouts.old_logprob)[self.signal]
+        weights = actfocus_weights(
+            signal, rollouts.reasoning, rollouts.action, rollouts.response, self.alpha, self.beta
+        )
+        return self.change(weights, rollouts, seed) if self.change else weights
 
 
 ARMS = {

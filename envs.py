@@ -1,17 +1,24 @@
-"""What a turn of tool calling is, and a first world. Standard library only.
+"""What a turn of tool calling is, and a first world. It needs the standard library alone.
 
-    env = FrozenLake()                       # or make_env("sokoban") of worlds.py
+    env = FrozenLake()                       # or make_env("sokoban") of worlds/
     observation = env.reset(seed=7)          # the first user message
     step = env.step(reply)                   # reply: the whole assistant turn, as text
 
-An environment has `tools` (JSON schemas in the OpenAI form, for chat templates), `system` (the
-instructions, with what each symbol means and each mistake costs), `reset(seed) -> str`,
-`step(reply) -> Step`: an episode is a pure function of the seed and the replies. For the warm start
-alone: `demonstrate(rng, skill)`, a scripted player's turn, its usual `skill`, `done`, `malformed`.
+An environment has four things:
 
-The call is what `segment.py` labels ACTION: the text between the first `<tool_call>` and the next
-`</tool_call>`, or the end of the turn. A reply is untrusted: nothing in it raises, and none of it
-is repeated in an observation, so that a model cannot write its own tool response.
+- `tools`: JSON schemas in the OpenAI form, as chat templates take them.
+- `system`: the instructions, which say what each symbol means and what each mistake costs.
+- `reset(seed) -> str`: begin an episode.
+- `step(reply) -> Step`: play one turn. An episode is a pure function of its seed and the replies.
+
+The worlds of this project have four more, for the warm start alone: `demonstrate(rng, skill)`
+writes the turn of a scripted player, `skill` is how often that player usually picks a best move,
+`done` says that the episode is over, and `malformed` counts the malformed turns.
+
+The bytes that we label ACTION (segment.py) are exactly the bytes that the environment parses as
+the call: those between the first `<tool_call>` and the next `</tool_call>`, or the end of the turn.
+A reply is untrusted text. Nothing in it makes an environment raise, and no observation repeats any
+of it, so that a model cannot write its own tool response.
 """
 
 from __future__ import annotations
@@ -25,19 +32,19 @@ from typing import NamedTuple
 DIRECTIONS = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
 COLUMNS = "abcdefghi"
 TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,)}
-Cell = tuple[int, int]  # (row, column), from 0
+Cell = tuple[int, int]  # (row, column), both counted from 0
 
 
 class Step(NamedTuple):
     """What one turn led to. `success` implies `finished`, which implies `done`."""
 
-    observation: str
+    observation: str  # what the model reads next
     reward: float
-    done: bool
-    success: bool
-    finished: bool  # the game itself ended (goal, hole, any purchase), not the limit of turns
-    facts: int  # stated about the board in the turn's reasoning
-    true_facts: int
+    done: bool  # the episode is over
+    success: bool = False  # the task is solved
+    finished: bool = False  # the game itself ended (goal, hole, purchase), not the limit of turns
+    facts: int = 0  # how many facts about the board the turn's reasoning states
+    true_facts: int = 0  # how many of these are true
 
 
 class Call(NamedTuple):
@@ -48,9 +55,9 @@ class Call(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What a call did to a world, and the sentence that says so."""
+    """What a call did to a world, and the message that describes it."""
 
-    said: str
+    message: str
     reward: float = 0.0
     finished: bool = False
     success: bool = False
@@ -58,8 +65,12 @@ class Effect(NamedTuple):
 
 # --------------------------------------------------------------------------- the protocol of a turn
 def tool_schema(name: str, description: str, properties: dict[str, dict]) -> dict:
-    """A tool in the OpenAI form; every property is required and no other is allowed."""
-    if unknown := [each for each in properties.values() if each.get("type") not in TYPES]:
+    """A tool in the OpenAI form. Every property is required, and no other is allowed.
+
+    Raises ValueError for a property whose type `check_arguments` does not know.
+    """
+    unknown = [schema for schema in properties.values() if schema.get("type") not in TYPES]
+    if unknown:
         raise ValueError(f"{name} takes {unknown}: a type is one of {', '.join(TYPES)}")
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
     function = {"name": name, "description": description, "parameters": parameters}
@@ -67,16 +78,18 @@ def tool_schema(name: str, description: str, properties: dict[str, dict]) -> dic
 
 
 def write_turn(thought: str, name: str, arguments: dict) -> str:
-    """An assistant turn with a valid structure, as demonstrations write it."""
+    """An assistant turn with a valid structure, in the form that demonstrations have."""
     call = json.dumps({"name": name, "arguments": arguments})
     return f"<think>\n{thought}\n</think>\n<tool_call>\n{call}\n</tool_call>"
 
 
 def read_call(reply: str, tools: list[dict]) -> tuple[Call | None, str]:
-    """The call to execute, or None, and one sentence on what is wrong with the turn, or "".
+    """Parse a turn into the call to execute and a sentence on what is wrong with the turn.
 
-    A call is executed whenever the ACTION text is valid, for that is what training credits; a turn
-    that lacks its `<think>` block or closing tag is still malformed and pays (our decision).
+    The call is None if there is none that can be executed. The sentence is "" if the turn is
+    well-formed. Both may be there: a call whose ACTION text is valid is executed, because training
+    credits that text, while a turn that lacks its `<think>` block or its closing tag counts as
+    malformed all the same, and pays the penalty (our decision; the paper does not say).
 
     >>> walk = [tool_schema("walk", "Walk.", {"to": {"type": "string", "enum": ["here", "there"]}})]
     >>> read_call(write_turn("There is better.", "walk", {"to": "there"}), walk)
@@ -90,7 +103,7 @@ def read_call(reply: str, tools: list[dict]) -> tuple[Call | None, str]:
         return None, "The turn has no <tool_call>."
     try:
         call = json.loads(action)
-    except (ValueError, RecursionError):  # RecursionError: "[[[[..." a thousand deep
+    except (ValueError, RecursionError):  # RecursionError: brackets nested a thousand deep
         return None, "The tool call is not valid JSON."
     if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
         keys = 'exactly the keys "name" and "arguments"'
@@ -108,13 +121,13 @@ def read_call(reply: str, tools: list[dict]) -> tuple[Call | None, str]:
 
 
 def check_arguments(arguments: object, schema: dict) -> str:
-    """One sentence on how `arguments` break a tool's schema, "" if they do not."""
+    """One sentence on how `arguments` break a tool's schema, or "" if they fit it."""
     properties = schema["properties"]
     if not isinstance(arguments, dict) or set(arguments) != set(schema["required"]):
         return f"The arguments must be a JSON object with exactly: {', '.join(schema['required'])}."
     for name, value in arguments.items():
         wanted = properties[name]["type"]
-        if type(value) not in TYPES[wanted]:  # not isinstance: True is an int, but no JSON integer
+        if type(value) not in TYPES[wanted]:  # isinstance would take True for an integer
             return f"The argument {name} must be of type {wanted}."
         choices = properties[name].get("enum", [value])
         if value not in choices:
@@ -123,130 +136,188 @@ def check_arguments(arguments: object, schema: dict) -> str:
 
 
 def check_facts(reply: str, truths: dict[str, set[str]]) -> tuple[int, int]:
-    """How many facts the (first) thought of a turn states, and how many of them are true. `truths`
-    maps a regular expression with one group to what the group may say.
+    """How many facts the thought of a turn states, and how many of them are true.
+
+    The thought is the text in the first `<think>` block. `truths` maps a regular expression with
+    one group to the set of what that group may match in a true statement.
 
     >>> truths = {r"P is on (\\w+)": {"b2"}, r"G is on (\\w+)": {"c3"}}
     >>> check_facts("<think>P is on b2, G is on c2</think>", truths)
     (2, 1)
     """
     thought = reply.partition("<tool_call>")[0].partition("<think>")[2].partition("</think>")[0]
-    thought = thought[:10_000]  # none is that long: a bound on untrusted text
-    verdicts = [said in truths[each] for each in truths for said in re.findall(each, thought)]
-    return len(verdicts), sum(verdicts)
+    thought = thought[:10_000]  # real thoughts are shorter; untrusted text may not be
+    stated = 0
+    true = 0
+    for pattern, allowed in truths.items():
+        for statement in re.findall(pattern, thought):
+            stated += 1
+            if statement in allowed:
+                true += 1
+    return stated, true
 
 
 # ---------------------------------------------------------------------------- what the worlds share
-# What a thought of any world may say: as in real thoughts, most words are not about this board.
-SAYINGS = """Let me think about this step by step. I should not hurry. One thing after another. I
-    read the last message again. That tells me where things are. Each turn counts, so I want to be
-    careful. It is easy to make a mistake here. I check this once more. The rules are simple, but
-    the details matter. So far I understand the situation. There may be more than one good way. I
-    keep the task in mind. A tool call comes after this. I only get a few turns. Now I have what I
-    need to decide. It helps to say what I see."""
+# Filler sentences for the demonstrated thoughts of every world. As in real thoughts, most words say
+# nothing about the board at hand.
+COMMON_FILLER = """Let me think about this step by step. I should not hurry. One thing after
+    another. I read the last message again. That tells me where things are. Each turn counts, so I
+    want to be careful. It is easy to make a mistake here. I check this once more. The rules are
+    simple, but the details matter. So far I understand the situation. There may be more than one
+    good way. I keep the task in mind. A tool call comes after this. I only get a few turns. Now I
+    have what I need to decide. It helps to say what I see."""
 
 
 class World:
-    """A turn is checked, played and paid alike in all worlds. A world sets `tools` and `system`,
-    and has `_lay_out` (make the game of a seed), `_play` (do what a call says), `_truths` (for
-    `check_facts`) and `_show` (the lines of an observation)."""
+    """What all worlds share: a turn is checked, played and paid in the same way.
 
-    unit = "move"  # what a turn is called
-    turn_cost = 0.0
-    format_penalty = -0.1  # for a turn without a valid structure (the paper's value)
-    sayings = ""  # what else a thought may say in this world
-    done = True  # until the first reset
+    A world sets `tools` and `system`, and defines four methods: `_lay_out` makes the game of a
+    seed, `_play` does what a call asks for, `_truths` gives `check_facts` what is true now, and
+    `_show` returns the lines of an observation.
+    """
+
+    unit = "move"  # how the texts of this world call a turn
+    turn_cost = 0.0  # taken off the reward of every turn
+    format_penalty = -0.1  # added to the reward of a malformed turn (the paper's value)
+    filler = ""  # this world's own filler sentences
+    done = True  # there is no episode before the first reset
 
     def __init__(self, limit: int, thoughts: int):
-        self.limit = limit  # turns an episode
-        self.thoughts = thoughts  # free sentences in a demonstrated thought, beside its facts
-        self.free_sentences = re.findall(r"\w[^.]*\.", " ".join((SAYINGS + self.sayings).split()))
-        bounded(thoughts=(thoughts, 0, len(self.free_sentences)))
-        self.costs = f"costs a {self.unit} and {-self.format_penalty:g}."
-        self.rules = f"Think in <think> </think>, then call one tool. A malformed turn {self.costs}"
+        """limit: how many turns an episode has. thoughts: how many filler sentences each
+        demonstrated thought contains, beside its facts. Raises ValueError if there are not so many.
+        """
+        self.limit = limit
+        self.thoughts = thoughts
+        all_filler = " ".join((COMMON_FILLER + self.filler).split())
+        self.filler_sentences = re.findall(r"\w[^.]*\.", all_filler)
+        bounded(thoughts=(thoughts, 0, len(self.filler_sentences)))
+        self.penalty_text = f"costs a {self.unit} and {-self.format_penalty:g}."
+        self.rules = (
+            f"Think in <think> </think>, then call one tool. A malformed turn {self.penalty_text}"
+        )
 
     def reset(self, seed: int) -> str:
-        """Start the episode of `seed` and return the first observation."""
+        """Begin the episode of `seed` and return the first observation."""
         self.seed = seed
-        self.turns_left, self.malformed, self.done = self.limit, 0, False
-        self.heard = ""  # all replies of the episode
+        self.turns_left = self.limit
+        self.malformed = 0
+        self.done = False
         self._lay_out(seed)
         return "\n".join(self._show())
 
     def step(self, reply: str) -> Step:
-        """Play one assistant turn. Raises RuntimeError if the episode is over, or none begun."""
+        """Play one assistant turn. Raises RuntimeError if no episode has begun, or it is over."""
         if self.done:
             raise RuntimeError("this episode is over: call reset(seed) before another step")
-        self.heard += reply
-        facts = check_facts(reply, self._truths())
+        facts, true_facts = check_facts(reply, self._truths())
         call, problem = read_call(reply, self.tools)
         self.turns_left -= 1
         effect = self._play(call) if call else Effect("")
-        self.done = effect.finished or not self.turns_left
-        said, reward = effect.said, effect.reward - self.turn_cost
+        self.done = effect.finished or self.turns_left == 0
+        message = effect.message
+        reward = effect.reward - self.turn_cost
         if problem:
             self.malformed += 1
-            said = f"{problem} That {self.costs} {said}".rstrip()
+            message = f"{problem} That {self.penalty_text} {message}".rstrip()
             reward += self.format_penalty
         if self.done and not effect.finished:
-            said += f" You have no {self.unit}s left."
-        shown = "\n".join([said, *self._show()])
-        return Step(shown, reward, self.done, effect.success, effect.finished, *facts)
+            message += f" You have no {self.unit}s left."
+        return Step(
+            observation="\n".join([message, *self._show()]),
+            reward=reward,
+            done=self.done,
+            success=effect.success,
+            finished=effect.finished,
+            facts=facts,
+            true_facts=true_facts,
+        )
 
     def _think(self, facts: list[str], rng: random.Random) -> str:
-        """A thought: the facts in their order, and free sentences anywhere between them."""
-        free = rng.sample(self.free_sentences, self.thoughts)
-        sources = [facts] * len(facts) + [free] * len(free)
-        rng.shuffle(sources)
-        return " ".join(source.pop(0) for source in sources)
+        """A demonstrated thought: the facts in their order, with filler sentences that are drawn at
+        random and stand anywhere before, between and after them."""
+        filler = rng.sample(self.filler_sentences, self.thoughts)
+        is_fact = [True] * len(facts) + [False] * len(filler)  # by place in the thought
+        rng.shuffle(is_fact)
+        next_fact = iter(facts)
+        next_filler = iter(filler)
+        return " ".join(next(next_fact if here else next_filler) for here in is_fact)
 
 
 def choose(rng: random.Random, skill: float, best: list, options: list):
-    """One of the best with probability `skill`, else of the other options, where there are both."""
-    rest = [option for option in options if option not in best]
-    good = rng.random() < skill
-    return rng.choice(best if best and (good or not rest) else rest)
+    """One of the best options with probability `skill`, else one of the others. If there are only
+    best options, or only others, it is one of those."""
+    others = [option for option in options if option not in best]
+    wants_best = rng.random() < skill
+    if best and (wants_best or not others):
+        return rng.choice(best)
+    return rng.choice(others)
 
 
 def bounded(**options: tuple[float, float, float]) -> None:
-    """Raise ValueError for an option (value, lowest, highest) out of its bounds."""
+    """Raise ValueError for an option (value, lowest, highest) that is out of its bounds."""
     for name, (value, low, high) in options.items():
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}: choose {low} to {high}")
 
 
 def cell_name(cell: Cell) -> str:
+    """The name of a cell in all texts: column a to i, then row from 1.
+
+    >>> cell_name((0, 2))
+    'c1'
+    """
     return f"{COLUMNS[cell[1]]}{cell[0] + 1}"
 
 
 def shortest_walk(start: Cell, end: Cell) -> list[str]:
-    """The moves from one cell to another, rows first: ["down", "down", "left"]."""
-    down, right = end[0] - start[0], end[1] - start[1]
-    rows = ["down" if down > 0 else "up"] * abs(down)
-    return rows + ["right" if right > 0 else "left"] * abs(right)
+    """The moves from one cell to another, rows first.
+
+    >>> shortest_walk((0, 1), (2, 0))
+    ['down', 'down', 'left']
+    """
+    down = end[0] - start[0]
+    right = end[1] - start[1]
+    vertical = ["down" if down > 0 else "up"] * abs(down)
+    horizontal = ["right" if right > 0 else "left"] * abs(right)
+    return vertical + horizontal
 
 
 def offset(start: Cell, end: Cell) -> list[str]:
-    """The same as words: ["2 down", "1 left"]."""
+    """The shortest walk in words, one direction each.
+
+    >>> offset((0, 1), (2, 0))
+    ['2 down', '1 left']
+    """
     walk = shortest_walk(start, end)
     return [f"{walk.count(direction)} {direction}" for direction in dict.fromkeys(walk)]
 
 
 def draw_board(size: int, symbols: dict[Cell, object]) -> list[str]:
-    """A line per row, named by its number; a cell without a symbol is "_"."""
-    rows = [[symbols.get((row, column), "_") for column in range(size)] for row in range(size)]
-    return [" ".join(map(str, [number, *cells])) for number, cells in enumerate(rows, start=1)]
+    """One line per row, which begins with the row's number. A cell without a symbol is "_".
+
+    >>> draw_board(2, {(0, 1): "P"})
+    ['1 _ P', '2 _ _']
+    """
+    lines = []
+    for row in range(size):
+        symbols_of_row = [symbols.get((row, column), "_") for column in range(size)]
+        lines.append(" ".join(map(str, [row + 1, *symbols_of_row])))
+    return lines
 
 
 # -------------------------------------------------------------------------------------- frozen lake
 class FrozenLake(World):
-    """Walk from P to G over slippery ice without falling into a hole O. Holes lie anywhere but on
-    one shortest walk, so that every map can be solved. A move slips to one of its two sides with
-    probability `slip`, drawn from seed and turn, so that a group shares its slips, and with
-    shared_slips=False also from what was said. ValueError: options that leave no playable map."""
+    """Walk from P to G over slippery ice without falling into a hole O.
 
-    skill, plan = 0.55, ""  # a thought says nothing of the move: the tool call decides it
-    sayings = """The ice is slippery, so a move may go to one side. A hole would end the game at
+    Holes lie anywhere but on one shortest walk from P to G, so that every map can be solved. A move
+    slips to one of its two sides with probability `slip`. Whether it slips depends on the seed and
+    the turn alone, so all rollouts of a group slip in the same turns. Raises ValueError for options
+    that leave no playable map.
+    """
+
+    skill = 0.55
+    plan = ""  # a thought does not say which move follows: the tool call alone decides it
+    filler = """The ice is slippery, so a move may go to one side. A hole would end the game at
         once. I do not want to fall into the water. The shortest way is not always the safest. A
         longer way around a hole can be worth it. The edge of the lake stops me, but it costs a
         move. I compare where I stand with where I want to be. Slipping could bring me next to a
@@ -255,12 +326,15 @@ class FrozenLake(World):
         remain. Each step should bring me nearer."""
 
     def __init__(self, size: int = 4, holes: int = 3, slip: float = 0.1, moves: int = 6,
-                 thoughts: int = 6, shared_slips: bool = True):  # fmt: skip
+                 thoughts: int = 6):  # fmt: skip
         super().__init__(limit=moves, thoughts=thoughts)
         bounded(size=(size, 2, 9), slip=(slip, 0, 0.9), moves=(moves, size - 1, 99))
-        self.longest_walk = max(size - 1, min(moves - 1, 2 * size - 2))  # leaves room for a slip
+        # One move less than there are, where the map allows it, which leaves room for a slip.
+        self.longest_walk = max(size - 1, min(moves - 1, 2 * size - 2))
         bounded(holes=(holes, 0, size * size - self.longest_walk - 1))
-        self.size, self.holes, self.slip, self.shared_slips = size, holes, slip, shared_slips
+        self.size = size
+        self.holes = holes
+        self.slip = slip
         direction = {"type": "string", "enum": list(DIRECTIONS)}
         self.tools = [tool_schema("move", "Move one cell.", {"direction": direction})]
         self.system = (
@@ -271,25 +345,26 @@ class FrozenLake(World):
         )
 
     def _lay_out(self, seed: int) -> None:
-        rng = random.Random(f"frozenlake {seed}")  # a string seeds alike in every process
+        rng = random.Random(f"frozenlake {seed}")  # a string gives the same draws in any process
         cells = [(row, column) for row in range(self.size) for column in range(self.size)]
         walk = []
         while not self.size - 1 <= len(walk) <= self.longest_walk:
             self.player, self.goal = rng.sample(cells, 2)
             walk = shortest_walk(self.player, self.goal)
         rng.shuffle(walk)
-        kept = set(itertools.accumulate(walk, self._neighbour, initial=self.player))
-        self.hole_cells = set(rng.sample(sorted(set(cells) - kept), self.holes))
-        self.distance = {self.goal: 0}  # from each cell that can reach the goal without a hole
+        on_the_walk = set(itertools.accumulate(walk, self._neighbour, initial=self.player))
+        self.hole_cells = set(rng.sample(sorted(set(cells) - on_the_walk), self.holes))
+        self.distance = {self.goal: 0}  # moves to the goal around the holes, where there is a way
         queue = [self.goal]
-        for cell in queue:  # breadth first: it grows while it is read
+        for cell in queue:  # breadth first: the queue grows while it is read
             sides = {self._neighbour(cell, direction) for direction in DIRECTIONS}
             for there in sides - self.hole_cells - set(self.distance):
                 self.distance[there] = self.distance[cell] + 1
                 queue.append(there)
 
     def demonstrate(self, rng: random.Random, skill: float) -> str:
-        """True facts, and with probability `skill` a move on a shortest walk around the holes."""
+        """A turn that states true facts, and with probability `skill` makes a move of a shortest
+        walk around the holes; otherwise another move."""
         nearer = {cell for cell, left in self.distance.items() if left < self.distance[self.player]}
         best = [name for name in DIRECTIONS if self._neighbour(self.player, name) in nearer]
         move = {"direction": choose(rng, skill, best, list(DIRECTIONS))}
@@ -325,24 +400,24 @@ class FrozenLake(World):
         return there if min(there) >= 0 and max(there) < self.size else cell
 
     def _play(self, call: Call) -> Effect:
-        wish, before = call.arguments["direction"], self.player
+        wish = call.arguments["direction"]
+        before = self.player
         direction = self._slip(wish)
         self.player = self._neighbour(before, direction)
-        said = f"You {'moved' if direction == wish else 'slipped'} {direction}"
-        said += "." if self.player != before else " against the edge and stayed."
+        message = f"You {'moved' if direction == wish else 'slipped'} {direction}"
+        message += "." if self.player != before else " against the edge and stayed."
         if self.player == self.goal:
-            return Effect(f"{said} You reached the goal.", 1.0, finished=True, success=True)
+            return Effect(f"{message} You reached the goal.", 1.0, finished=True, success=True)
         if self.player in self.hole_cells:
-            return Effect(f"{said} You fell into a hole.", finished=True)
-        return Effect(said)
+            return Effect(f"{message} You fell into a hole.", finished=True)
+        return Effect(message)
 
     def _slip(self, wish: str) -> str:
-        """The direction that a move takes: to a side of the wished one if it slips."""
-        told = f"frozenlake slips {self.seed} {self.turns_left}"
-        told += "" if self.shared_slips else f" {self.heard}"
-        rng = random.Random(told.encode(errors="replace"))  # a reply may not be valid Unicode
+        """The direction that a move takes: the wished one, or one of its sides if it slips."""
+        rng = random.Random(f"frozenlake slips {self.seed} {self.turns_left}")
         sides = ("up", "down") if wish in ("left", "right") else ("left", "right")
-        return rng.choice(sides) if rng.random() < self.slip else wish
+        slips = rng.random() < self.slip
+        return rng.choice(sides) if slips else wish
 
     def _show(self) -> list[str]:
         symbols = dict.fromkeys(self.hole_cells, "O") | {self.goal: "G", self.player: "P"}

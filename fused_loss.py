@@ -4,9 +4,10 @@
     result = fused_policy_loss(hidden, head, targets, old_logprob, advantages, weights)  # to use
     result.loss.backward()
 
-Both are `clipped_loss` of actfocus.py with KL penalty and entropy bonus, and give the same numbers.
-The fused one never holds the logits of all tokens: the loss is a sum over tokens, so the gradient
-of a chunk is known as soon as its logits are, and is written over them.
+Both compute `clipped_loss` of actfocus.py plus a KL penalty and an entropy bonus, and both give the
+same numbers. The first one holds the logits of all tokens. The fused one never does. It can avoid
+that because the loss is a sum over tokens: as soon as the logits of one chunk are known, so is the
+gradient of their part of the loss, and the logits can be thrown away.
 """
 
 from __future__ import annotations
@@ -18,7 +19,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from actfocus import clipped_loss
-from energy import CHUNK_ELEMENTS, add_matmul, checked_chunk_size, chunks, matmul
+from energy import CHUNK_ELEMENTS, check_token_arguments, chunks_of, matmul
+
+BLOCK_ELEMENTS = 2**22  # a processor works on this many logits of a chunk at a time: 16 MB
+
+
+class LossSettings(NamedTuple):
+    """What stays the same from one mini-batch to the next."""
+
+    temperature: float = 1.0  # divides the logits for log-probs; the entropy is of the raw logits
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.28
+    entropy_coef: float = 0.0  # of the entropy bonus
+    kl_coef: float = 0.0  # of the penalty on the KL divergence from the reference
+
+
+DEFAULT_SETTINGS = LossSettings()
 
 
 class PolicyLoss(NamedTuple):
@@ -31,68 +47,76 @@ class PolicyLoss(NamedTuple):
 
 def token_loss(
     logprob: Tensor, entropy: Tensor | None,
-    old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
-    clip_low: float = 0.2, clip_high: float = 0.28,
+    old_logprob: Tensor, advantages: Tensor, weights: Tensor, settings: LossSettings, *,
     normalizer: Tensor | float | None = None, count: Tensor | float | None = None,
-    ref_logprob: Tensor | None = None, kl_coef: float = 0.0, entropy_coef: float = 0.0,
+    ref_logprob: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`clipped_loss` + kl_coef * mean KL to the reference - entropy_coef * mean entropy: a scalar.
 
-    Per-token arguments are (N,), without padding. normalizer and count: what the clipped loss and
-    the two means divide by, else sum(w) and N; pass the mini-batch's for each micro-batch of it.
+    All tensors are (N,), one number a token, without padding. entropy and ref_logprob may be None
+    where their coefficient is 0. normalizer is what the clipped loss is divided by, and count what
+    the sums of KL and entropy are divided by; by default they are sum(weights) and N. When a
+    mini-batch is split into micro-batches, pass those of the whole mini-batch for each of them.
     """
-    count = len(logprob) if count is None else count
-    loss = clipped_loss(logprob, old_logprob, advantages, weights, clip_low, clip_high, normalizer)
-    if kl_coef:
-        # NOTE: the ratio is ours: without it, the gradient of k1 would be 0 on average.
+    loss = clipped_loss(
+        logprob, old_logprob, advantages, weights,
+        clip_low=settings.clip_low, clip_high=settings.clip_high, normalizer=normalizer,
+    )  # fmt: skip
+    if count is None:
+        count = len(logprob)
+    if settings.kl_coef:
+        # NOTE: the ratio is our decision. Without it, the gradient of k1 would be 0 on average.
+        ratio = (logprob - old_logprob).exp()
         k1 = logprob - ref_logprob
-        loss = loss + kl_coef * ((logprob - old_logprob).exp() * k1).sum() / count
-    if entropy_coef:
-        loss = loss - entropy_coef * entropy.sum() / count
+        loss = loss + settings.kl_coef * (ratio * k1).sum() / count
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * entropy.sum() / count
     return loss
 
 
 def policy_loss(
     hidden: Tensor, head: Tensor, targets: Tensor,
-    old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
-    temperature: float = 1.0, clip_low: float = 0.2, clip_high: float = 0.28,
+    old_logprob: Tensor, advantages: Tensor, weights: Tensor,
+    settings: LossSettings = DEFAULT_SETTINGS, *,
     normalizer: Tensor | float | None = None, count: Tensor | float | None = None,
-    ref_logprob: Tensor | None = None, kl_coef: float = 0.0, entropy_coef: float = 0.0,
+    ref_logprob: Tensor | None = None,
 ) -> PolicyLoss:  # fmt: skip
     """The loss of N tokens, written out: all logits at once, gradients by autograd.
 
-    hidden: (N, H), what predicts the targets (N,); head: (V, H), the output embedding; the others
-    as in `token_loss`. temperature: of the log-probs; the entropy is of the raw logits.
+    hidden: (N, H), the hidden states that predict the targets (N,); head: (V, H), the output
+    embedding; everything else is as in `token_loss`.
     """
     logits = (hidden @ head.T).float()  # (N, V): by far the largest tensor of a training step
     logp = logits.log_softmax(-1)
-    logq = logp if temperature == 1.0 else (logits / temperature).log_softmax(-1)
-    logprob = logq.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
+    temperature = settings.temperature
+    tempered_logp = logp if temperature == 1.0 else (logits / temperature).log_softmax(-1)
+    logprob = tempered_logp.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
     entropy = -(logp.exp() * logp).sum(-1)  # (N,)
     loss = token_loss(
-        logprob, entropy, old_logprob, advantages, weights,
-        clip_low=clip_low, clip_high=clip_high, normalizer=normalizer, count=count,
-        ref_logprob=ref_logprob, kl_coef=kl_coef, entropy_coef=entropy_coef,
+        logprob, entropy, old_logprob, advantages, weights, settings,
+        normalizer=normalizer, count=count, ref_logprob=ref_logprob,
     )  # fmt: skip
     return PolicyLoss(loss, logprob.detach(), entropy.detach())
 
 
 def fused_policy_loss(
     hidden: Tensor, head: Tensor, targets: Tensor,
-    old_logprob: Tensor, advantages: Tensor, weights: Tensor, *,
-    temperature: float = 1.0, clip_low: float = 0.2, clip_high: float = 0.28,
+    old_logprob: Tensor, advantages: Tensor, weights: Tensor,
+    settings: LossSettings = DEFAULT_SETTINGS, *,
     normalizer: Tensor | float | None = None, count: Tensor | float | None = None,
-    ref_logprob: Tensor | None = None, kl_coef: float = 0.0, entropy_coef: float = 0.0,
-    chunk_size: int | None = None,
+    ref_logprob: Tensor | None = None, chunk_size: int | None = None,
 ) -> PolicyLoss:  # fmt: skip
     """`policy_loss`, its value and gradient computed chunk by chunk: the (N, V) logits never exist.
 
-    hidden: (N, H) and head: (V, H) are float32 or bfloat16; the head's gradient is summed in
-    float32. targets: (N,) int64, the rest as in `token_loss`: (N,) float32. chunk_size: tokens at a
-    time, by default 128 MB of logits (CUDA: 512). Under autocast the inputs take its dtype.
+    hidden: (N, H) and head: (V, H) are float32 or bfloat16; under autocast hidden takes its dtype,
+    and the products are of that dtype. The head's gradient is summed in float32. targets: (N,)
+    int64. All else is as in `token_loss`, (N,) float32. chunk_size: for how many tokens the logits
+    are held at a time, by default as many as fill 128 MB (512 MB on CUDA, which wants few and large
+    products).
 
-    The gradient is computed in the forward pass, and backward only hands it on (once: a second one
-    raises RuntimeError). Raises ValueError for shapes that do not fit or KL without ref_logprob.
+    The gradient is already computed in the forward pass; backward only hands it on. It does so
+    once, and a second backward raises RuntimeError. Raises ValueError for shapes that do not fit
+    and for a kl_coef without ref_logprob.
 
     >>> hidden, head = torch.zeros(1, 8, requires_grad=True), torch.zeros(4, 8)
     >>> old_logprob, one = torch.tensor([0.25]).log(), torch.ones(1)
@@ -102,88 +126,59 @@ def fused_policy_loss(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    elements = CHUNK_ELEMENTS * (8 if hidden.is_cuda else 2)  # a GPU wants few and large products
-    chunk_size = checked_chunk_size(hidden, head, targets, temperature, chunk_size, elements)
+    check_token_arguments(hidden, head, targets, settings.temperature, chunk_size)
     per_token = {"old_logprob": old_logprob, "advantages": advantages, "weights": weights}
-    if kl_coef:
+    if settings.kl_coef:
         per_token["ref_logprob"] = ref_logprob
     for name, values in per_token.items():
         if values is None or values.shape != targets.shape:
-            found = values if values is None else tuple(values.shape)
+            found = None if values is None else tuple(values.shape)
             expected = f"expected one number a target, {tuple(targets.shape)}"
             raise ValueError(f"{name} is {found}: {expected}")
+    if chunk_size is None:
+        elements = CHUNK_ELEMENTS * (8 if hidden.is_cuda else 2)
+        chunk_size = max(1, elements // len(head))
+    if normalizer is None:
+        normalizer = weights.sum()
+    if count is None:
+        count = len(targets)
     with torch.autocast(device, enabled=False):
-        loss, logprob, entropy = _FusedPolicyLoss.apply(
-            hidden, head, targets,
-            old_logprob, advantages, weights,
-            temperature, clip_low, clip_high,
-            weights.sum() if normalizer is None else normalizer,
-            len(targets) if count is None else count,
-            ref_logprob if kl_coef else None, kl_coef, entropy_coef, chunk_size,
-        )  # fmt: skip
-    return PolicyLoss(loss, logprob, entropy)
+        result = _FusedPolicyLoss.apply(
+            hidden, head, targets, per_token, settings, normalizer, count, chunk_size
+        )
+    return PolicyLoss(*result)
 
 
 class _FusedPolicyLoss(torch.autograd.Function):
-    """Per chunk: the logits z, the loss and its gradient by z in their place, and from it those
-    by hidden and head."""
+    """The loss and, in the same pass over the chunks, its gradients by hidden and head."""
 
     @staticmethod
-    def forward(
-        ctx, hidden, head, targets, old_logprob, advantages, weights,
-        temperature, clip_low, clip_high, normalizer, count,
-        ref_logprob, kl_coef, entropy_coef, chunk_size,
-    ):  # fmt: skip
+    def forward(ctx, hidden, head, targets, per_token, settings, normalizer, count, chunk_size):
         wants_hidden, wants_head, *_ = ctx.needs_input_grad
+        ctx.head_dtype = head.dtype
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
-        ctx.head_dtype = head.dtype
         head = head.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         logprob, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float32)
-        buffer = hidden.new_empty(min(chunk_size, len(hidden)), len(head), dtype=torch.float32)
-        # A processor goes through the logits in blocks of 16 MB, a GPU takes a chunk at once.
-        block = chunk_size if hidden.is_cuda else max(1, 2**22 // len(head))
-        for rows in chunks(len(hidden), chunk_size):
-            z = matmul(hidden[rows], head.T, out=buffer[: rows.stop - rows.start])  # (n, V)
-            for part in chunks(len(z), block):
-                here = slice(rows.start + part.start, rows.start + part.stop)
-                logp = z[part].log_softmax(-1)  # (m, V)
-                logq = logp if temperature == 1.0 else (z[part] / temperature).log_softmax(-1)
-                token_logprob = logq.gather(-1, targets[here, None]).squeeze(-1)  # (m,)
-                p = torch.exp(logp, out=z[part])  # from here on in the memory of z
-                token_entropy = -torch.linalg.vecdot(p, logp)  # (m,)
-                with torch.enable_grad():  # of the few operations per token, by autograd
-                    token_logprob.requires_grad_()
-                    token_entropy.requires_grad_()
-                    value = token_loss(
-                        token_logprob, token_entropy,
-                        old_logprob[here], advantages[here], weights[here],
-                        clip_low=clip_low, clip_high=clip_high, normalizer=normalizer, count=count,
-                        ref_logprob=None if ref_logprob is None else ref_logprob[here],
-                        kl_coef=kl_coef, entropy_coef=entropy_coef,
-                    )  # fmt: skip
-                    on_logprob, on_entropy = torch.autograd.grad(
-                        value, (token_logprob, token_entropy), materialize_grads=True
-                    )
-                loss += value.detach()
-                logprob[here] = token_logprob.detach()
-                entropy[here] = token_entropy.detach()
-                # d logprob / dz = (onehot(target) - q) / temperature, q = softmax(z / temperature)
-                # d entropy / dz = -p * (log p + entropy),             p = softmax(z)
-                on_logprob = on_logprob[:, None] / temperature  # (m, 1)
-                q = p if temperature == 1.0 else logq.exp_()  # in the memory of log q
-                of_entropy = logp.add_(entropy[here, None]).mul_(on_entropy[:, None])  # / -p
-                if q is p:
-                    grad_z = p.mul_(of_entropy.add_(on_logprob)).neg_()  # z's memory holds it now
-                else:
-                    grad_z = p.mul_(of_entropy).addcmul_(q, on_logprob).neg_()
-                grad_z.scatter_add_(-1, targets[here, None], on_logprob)  # + onehot * on_logprob
-            grad_z = z.to(hidden.dtype)  # of all parts
+        memory = hidden.new_empty(min(chunk_size, len(hidden)), len(head), dtype=torch.float32)
+        for chunk in chunks_of(len(hidden), chunk_size):
+            logits = memory[: chunk.stop - chunk.start]  # (n, V)
+            multiply_into(logits, hidden[chunk], head.T)
+            # A processor goes through the logits in blocks of 16 MB, a GPU takes a chunk at once.
+            block_size = chunk_size if hidden.is_cuda else max(1, BLOCK_ELEMENTS // len(head))
+            for block in chunks_of(len(logits), block_size):
+                tokens = slice(chunk.start + block.start, chunk.start + block.stop)
+                loss += loss_and_dlogits(
+                    logits[block], targets[tokens], logprob[tokens], entropy[tokens],
+                    {name: values[tokens] for name, values in per_token.items()},
+                    settings, normalizer, count,
+                )  # fmt: skip
+            dlogits = logits.to(hidden.dtype)  # each block has been overwritten by its gradient
             if wants_hidden:
-                grad_hidden[rows] = matmul(grad_z, head).to(hidden.dtype)
+                grad_hidden[chunk] = matmul(dlogits, head).to(hidden.dtype)
             if wants_head:
-                add_matmul(grad_head, grad_z.T, hidden[rows])
+                add_matmul(grad_head, dlogits.T, hidden[chunk])
         ctx.grads = grad_hidden, grad_head
         ctx.mark_non_differentiable(logprob, entropy)
         return loss, logprob, entropy
@@ -198,4 +193,62 @@ class _FusedPolicyLoss(torch.autograd.Function):
         grad_hidden.mul_(grad_loss)
         if grad_head is not None:
             grad_head = grad_head.mul_(grad_loss).to(ctx.head_dtype)
-        return grad_hidden, grad_head, *[None] * 13
+        return grad_hidden, grad_head, None, None, None, None, None, None
+
+
+def loss_and_dlogits(
+    logits: Tensor, targets: Tensor, logprob: Tensor, entropy: Tensor,
+    per_token: dict[str, Tensor], settings: LossSettings,
+    normalizer: Tensor | float, count: Tensor | float,
+) -> Tensor:  # fmt: skip
+    """The part of m tokens in the loss, a scalar.
+
+    Overwrites `logits` (m, V) with the gradient of the loss by them, and fills logprob and entropy,
+    (m,) each. per_token: the other tensors of `token_loss` by name, (m,) each.
+
+    The gradient by the logits z is
+        d loss / d logprob * (onehot(target) - q) / temperature      q = softmax(z / temperature)
+      - d loss / d entropy * p * (log p + entropy)                   p = softmax(z)
+    and the two derivatives of the loss, (m,) each, come from autograd.
+    """
+    temperature = settings.temperature
+    logp = logits.log_softmax(-1)  # (m, V)
+    tempered_logp = logp if temperature == 1.0 else (logits / temperature).log_softmax(-1)
+    logprob.copy_(tempered_logp.gather(-1, targets[:, None]).squeeze(-1))
+    p = torch.exp(logp, out=logits)  # the logits are not needed any more
+    entropy.copy_(torch.linalg.vecdot(p, logp).neg_())
+    with torch.enable_grad():
+        leaves = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
+        loss = token_loss(
+            *leaves, settings=settings, normalizer=normalizer, count=count, **per_token
+        )
+        dlogprob, dentropy = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    dlogprob = dlogprob[:, None] / temperature  # (m, 1)
+    dentropy = dentropy[:, None]  # (m, 1)
+    # From here on, results are written over p and log p. With a tensor of its own for each product,
+    # the whole loss takes 1.35 to 1.7 times as long (one core, vocabularies of 40,000 and 800).
+    if temperature == 1.0:  # q is p
+        factor = logp.add_(entropy[:, None]).mul_(dentropy).add_(dlogprob)
+        dlogits = p.mul_(factor).neg_()
+    else:
+        q = tempered_logp.exp_()
+        factor = logp.add_(entropy[:, None]).mul_(dentropy)
+        dlogits = p.mul_(factor).addcmul_(q, dlogprob).neg_()
+    dlogits.scatter_add_(-1, targets[:, None], dlogprob)
+    return loss.detach()
+
+
+def multiply_into(result: Tensor, a: Tensor, b: Tensor) -> None:
+    """result = a @ b, accumulated in float32, in the memory of `result`."""
+    if a.is_cuda and a.dtype != torch.float32:  # tensor cores, and the result is not rounded
+        torch.mm(a, b, out_dtype=torch.float32, out=result)
+    else:
+        torch.mm(a.float(), b.float(), out=result)
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32, without another tensor of total's size."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())

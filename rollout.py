@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
 
 from energy import TokenStats, token_stats
 from envs import Step
+from kv_cache import preallocated_cache
 from policy import Policy
 from segment import Segment, segment_batch
 
@@ -70,46 +71,6 @@ class Rollouts:
                 batches.append([])
             batches[-1].append(row)
         return [torch.tensor(batch) for batch in batches]
-
-
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer that doubles its buffers instead of copying everything at each step, as
-    `torch.cat` would. Keys take the dtype of values: under autocast rotary embeddings leave them in
-    float32, and each step would cast all of them again. limit: positions that will ever come."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self.limit = limit
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple:
-        new = key_states.to(value_states.dtype), value_states  # (B, heads, new positions, D) each
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-            self.buffers = [states[:, :, :0] for states in new]
-            self.keys, self.values = self.buffers
-        start = self.keys.shape[2]
-        stop = start + new[0].shape[2]
-        if stop > self.buffers[0].shape[2]:
-            self._move_to_buffers(self.keys, self.values, max(stop, min(2 * stop, self.limit)))
-        for buffer, states in zip(self.buffers, new, strict=True):
-            buffer[:, :, start:stop] = states
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these rows, which may repeat."""
-        capacity = self.buffers[0].shape[2]
-        self._move_to_buffers(self.keys[indices], self.values[indices], capacity)
-
-    def _move_to_buffers(self, keys: Tensor, values: Tensor, capacity: int) -> None:
-        length = keys.shape[2]
-        self.buffers = []
-        for states in (keys, values):
-            rows, heads, _, width = states.shape
-            buffer = states.new_empty(rows, heads, capacity, width)
-            buffer[:, :, :length] = states
-            self.buffers.append(buffer)
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
 @dataclass
@@ -188,8 +149,7 @@ def play_rows(
     policy: Policy, rows: list[Row], temperature: float, max_turn_tokens: int, max_tokens: int
 ) -> None:
     """Play the episodes of one batch, in place."""
-    layers = [PreallocatedLayer(max_tokens) for _ in range(policy.model.config.num_hidden_layers)]
-    cache = Cache(layers=layers)
+    cache = preallocated_cache(policy.model, max_tokens)
     position, hidden = prefill(policy, rows, cache)
     while True:
         # `hidden` predicts the token at `position`: a row that does not know it samples it.

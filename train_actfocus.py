@@ -1,17 +1,77 @@
 """ActFocus against GRPO: the same loop, weights, prompts and seeds; only the token weights differ.
 
     python train_actfocus.py                  # both arms, one picture
-    python train_actfocus.py --arms actfocus  # ActFocus alone
-    python train_actfocus.py --arms grpo,discount,placebo    # any arms of arms.py
+    python train_actfocus.py --arms actfocus  # only one arm; arms.py lists them all
+    python train_actfocus.py --arms grpo,discount,placebo
 
-The loop is `train` of train_grpo.py. What ActFocus changes is its stage 6, and nothing else.
+The loop is `train` of train_grpo.py. What ActFocus changes in it is stage 6, the weights of the
+tokens, and nothing else. This script shows these weights on one turn of the policy, and then trains
+the arms one after the other.
 """
 
 from __future__ import annotations
 
+import torch
+
+from arms import Arm
+from envs import Step
+from policy import Policy
+from rollout import rollout, score_all
 from support.config import ActFocusConfig, parse
+from support.transcripts import first_turn, pieces, print_token_table, print_weight_shares
 from train_grpo import run
+from worlds import make_env
+
+TURN_SEED = 0  # the prompt whose first turn is shown
+
+
+class OneTurn:
+    """A world in which every episode ends after its first turn."""
+
+    def __init__(self, env):
+        self.env = env
+        self.system, self.tools = env.system, env.tools
+
+    def reset(self, seed: int) -> str:
+        return self.env.reset(seed)
+
+    def step(self, reply: str) -> Step:
+        return self.env.step(reply)._replace(done=True)
+
+
+def show_one_turn(policy: Policy, config: ActFocusConfig, arms: dict[str, Arm]) -> None:
+    """Play one turn, and print what each of its tokens weighs in the loss of each arm.
+
+    This happens before training, when the policy is still equal to the frozen reference, so that
+    the policy's own energies are those of the reference. Nothing of the training depends on it: the
+    policy stays as it is, and the sampling uses random numbers of its own.
+    """
+    rollouts = rollout(
+        policy, lambda: OneTurn(make_env(config.env)), [TURN_SEED], config.temperature,
+        sampling_seed=config.seed, max_turn_tokens=config.max_turn_tokens,
+        max_tokens=config.max_tokens,
+    )  # fmt: skip
+    action = rollouts.action  # (1, T) bool
+    frozen = score_all(policy, rollouts, action, config.temperature, config.micro_tokens)
+    weights = {name: arm.weights(rollouts, frozen, config.seed) for name, arm in arms.items()}
+    energy = frozen.energy.masked_fill(~action, torch.nan)  # (1, T)
+
+    print(
+        "\nOne turn of the policy before training, and how much each token of it weighs in\n"
+        "the loss. The energy tells how unsure the reference is before an action token:\n"
+        "the weight depends on it, compared with the other action tokens of the batch\n"
+        "(here: of this turn). A line for several tokens shows their mean weight.\n"
+    )
+    _, turn, _ = first_turn(pieces(policy, rollouts, row=0))
+    columns = {"energy": energy[0]} | {name: values[0] for name, values in weights.items()}
+    print_token_table(turn, rollouts.labels[0], columns)
+    if not action.any():
+        print("The policy has written no tool call in this turn, so that no token is an action.")
+    print("\nThe share of the whole weight that lies on the tokens of each class:\n")
+    print_weight_shares(rollouts.labels, weights)
+    print()
+
 
 if __name__ == "__main__":
     config = parse(ActFocusConfig, "ActFocus and GRPO side by side on a tool-calling environment.")
-    run(config, config.chosen())
+    run(config, config.chosen_arms(), show=show_one_turn)

@@ -1,10 +1,23 @@
-"""GRPO on a tool-calling environment: the training loop, which train_actfocus.py shares.
+"""GRPO on a tool-calling environment: the training loop, which ActFocus and PPO share.
 
     python train_grpo.py                                    # the built-in model, on a laptop
     python train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --device cuda
 
-Stages: 1 load the policy, 2 evaluate, 3 play groups, 4 segment, 5 advantages, 6 token weights (the
-one that ActFocus changes), 7 mini-batch updates, 8 log, 9 draw. One device, no inference engine.
+The stages, with the numbers that the README and walkthrough.py use as well:
+
+    1   load the policy          once, and give every arm the same weights
+    2   evaluate                 every few iterations, on fixed episodes
+    3   play groups              each prompt several times
+    4   segment                  each sampled token is reasoning, action or format
+    5   advantages               within each group, or from PPO's critic
+    6a  the reference reads      a frozen copy of the start reads the rollouts
+    6b  token weights            the only stage that ActFocus changes
+    7   mini-batch updates       one optimizer step for each mini-batch
+    8   log                      a row of the CSV
+    9   draw                     curves.png and episodes.html
+
+An *arm* is one way of crediting tokens (GRPO, ActFocus, a control); arms.py lists them all. Left
+out, to keep the loop readable: several devices, an inference engine, asynchronous rollouts, LoRA.
 """
 
 from __future__ import annotations
@@ -16,76 +29,420 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from actfocus import actfocus_weights, group_advantages, most_varied_groups
-from arms import ARMS, Arm, token_signals
+from actfocus import group_advantages, most_varied_groups
+from arms import ARMS, Arm
 from energy import TokenStats
-from fused_loss import fused_policy_loss
+from fused_loss import LossSettings, PolicyLoss, fused_policy_loss
 from policy import Policy, load_policy
-from rollout import Rollouts, repeated, rollout, score_all, scored_hidden, start_rows
-from segment import Segment
-from support import logs, memory
+from rollout import Rollouts, check_prompt_fits, repeated, rollout, score_all, scored_hidden
+from support import logs, memory, transcripts
 from support.checkpoint import Checkpoints, sync
-from support.config import FREE, Config, parse
+from support.config import MAY_CHANGE_ON_RESUME, Config, parse
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
+Weights = dict[str, Tensor]  # of a model, by name
 
-@memory.told
-def run(config: Config, arms: dict[str, Arm], make_critic: Callable | None = None) -> None:
-    """Train each arm from the same weights on the same prompts, and draw them together.
-    make_critic(policy, config): for arms with one (train_ppo.py)."""
-    config.resolve()
-    try:  # 1. load the policy
-        folder = config.model or start_folder(config.env, thoughts=config.thoughts)
-        memory.announce(folder, config, arms.values())
-        policy = load_policy(folder, config.device, config.bfloat16)
-        start_rows(policy, lambda: make_env(config.env), [EVAL_SEEDS], 0, config.max_tokens)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"the run cannot begin: {error}") from None
-    if config.gradient_checkpointing:
-        policy.recompute()
-    start = {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
+
+# ---------------------------------------------------------------------------------------- the loop
+def train(
+    policy: Policy,
+    start: Weights,
+    config: Config,
+    name: str,
+    arm: Arm,
+    checkpoints: Checkpoints,
+    make_critic: Callable | None = None,
+) -> None:
+    """Train one arm from the weights `start`, in place, and log to <config.out>/<name>.csv."""
     out = Path(config.out)
-    checkpoints, names = open_run(config, list(arms), out, start)
-    print(f"results go to {out}\nThe loss says little, near zero by construction: watch success.")
+    policy.model.load_state_dict(start)  # 1
+    reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
+    estimator = make_critic(policy, config) if arm.critic else GroupAdvantages(config.group_size)
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
+    rng = random.Random(config.seed)  # draws prompts and shuffles mini-batches
+    guard = Guard(name)
+    stateful = {"policy": policy.model, "optimizer": optimizer}
+    if arm.critic:
+        stateful["critic"] = estimator
+    first = checkpoints.restore(name, stateful, rng)
+    progress = tqdm(total=config.iterations, initial=first, desc=name, dynamic_ncols=True)
+
+    for iteration in range(first, config.iterations):
+        log = {"iteration": iteration}
+        if iteration % config.eval_every == 0:
+            log |= evaluate(policy, start, config, name, arm, iteration)  # 2
+        began = time.perf_counter()
+        prompts = [rng.randrange(WARM_START_SEEDS) for _ in range(config.prompts)]
+        played = play_groups(policy, config, prompts)  # 3 and 4
+        log["seconds_play"] = time.perf_counter() - began
+        rollouts = most_varied(played, config)  # 3b: the paper's filter, off by default
+        rollouts = rescored(rollouts, policy, config)  # 4b: in bfloat16 only
+        advantages = estimator.advantages(rollouts)  # 5
+        frozen = read(reference, rollouts, config)  # 6a
+        weights = arm.weights(rollouts, frozen, seed=config.seed + 1000 * iteration)  # 6b
+        guard.iteration = iteration
+        log |= update(
+            policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard
+        )  # 7
+        log |= estimator.fit(rollouts)  # 7b: a critic learns; groups have nothing to learn
+        log["seconds"] = time.perf_counter() - began
+        log |= measure(played, rollouts, advantages, weights, policy, config)
+        logs.log_prompts(out / "prompts.csv", name, iteration, prompts, played)
+        logs.log(out / f"{name}.csv", log)  # 8
+        if iteration == 0 and not arm.uniform:
+            logs.warn_if_untagged(rollouts.reasoning, rollouts.response)
+        if iteration % config.eval_every == 0:
+            logs.draw(out)  # 9: as far as it is, so that a run can be watched
+        progress.set_postfix_str(f"training success {log['train_success']:.2f}")
+        progress.update()
+        healthy = guard.healthy(policy.model)
+        checkpoints.maybe_save(name, iteration + 1, stateful, rng, last=False, healthy=healthy)
+
+    if first <= config.iterations:  # a resumed arm may have been evaluated already
+        log = {"iteration": config.iterations}
+        log |= evaluate(policy, start, config, name, arm, config.iterations)
+        logs.log(out / f"{name}.csv", log)
+        healthy = guard.healthy(policy.model)
+        after_last = config.iterations + 1
+        checkpoints.maybe_save(name, after_last, stateful, rng, last=True, healthy=healthy)
+    progress.close()
+
+
+# ------------------------------------------------------------------------------ 2 to 6a, one by one
+def evaluate(
+    policy: Policy, start: Weights, config: Config, name: str, arm: Arm, iteration: int
+) -> dict[str, float]:
+    """2. Play the evaluation's episodes, the same ones every time. Returns columns of the log."""
+    out = Path(config.out)
+    prompts = range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes // config.eval_group_size)
+    seeds = repeated(prompts, config.eval_group_size)
+    rollouts = play(policy, config, seeds, config.eval_temperature, sampling_seed=0)
+    logs.log_prompts(out / "evaluations.csv", name, iteration, prompts, rollouts)
+    if iteration in (0, config.iterations):
+        keep_examples(policy, start, config, name, arm, iteration, rollouts)
+    stderr = logs.standard_error(rollouts.success, config.eval_group_size)
+    return logs.outcomes(rollouts, "eval") | {"eval_stderr": stderr}
+
+
+def keep_examples(
+    policy: Policy,
+    start: Weights,
+    config: Config,
+    name: str,
+    arm: Arm,
+    iteration: int,
+    rollouts: Rollouts,
+) -> None:
+    """Keep a few episodes of an evaluation, as text and for episodes.html, with what the starting
+    model says of each token and the weight that the token would have in the loss."""
+    out = Path(config.out)
+    title = f"{name} after {iteration} iterations"
+    logs.write_samples(out / "samples.txt", title, policy, rollouts)
+    few = transcripts.shown_episodes(rollouts, config.eval_group_size)
+    with other_weights(policy, start) as starting_policy:
+        temperature, micro_tokens = config.eval_temperature, config.micro_tokens
+        frozen = score_all(starting_policy, few, few.response, temperature, micro_tokens)
+    weights = arm.weights(few, frozen, seed=config.seed)
+    transcripts.save_episodes(out, name, iteration, policy, few, frozen, weights)
+
+
+def play_groups(policy: Policy, config: Config, prompts: Sequence[int]) -> Rollouts:
+    """3. Play each prompt group_size times. 4. rollout() labels every token from its bytes."""
+    seeds = repeated(prompts, config.group_size)
+    return play(policy, config, seeds, config.temperature, sampling_seed=config.seed)
+
+
+def most_varied(rollouts: Rollouts, config: Config) -> Rollouts:
+    """3b. The groups whose rewards vary most. Groups that end alike teach nothing, and the paper
+    leaves three quarters of the groups out in some of its worlds (--keep-groups 0.25)."""
+    kept = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
+    return rollouts.take(kept)
+
+
+def rescored(rollouts: Rollouts, policy: Policy, config: Config) -> Rollouts:
+    """4b. In bfloat16 a decoding step with a cache rounds otherwise than a pass over the whole
+    episode, so the log-probs of the sampled tokens are taken anew, as the update will see them."""
+    if policy.bfloat16:
+        rollouts.old_logprob = score(policy, rollouts, rollouts.response, config).logprob
+    return rollouts
+
+
+class GroupAdvantages:
+    """5. GRPO's advantages. It has the methods of PPO's `Critic` (train_ppo.py)."""
+
+    def __init__(self, group_size: int):
+        self.group_size = group_size
+
+    def advantages(self, rollouts: Rollouts) -> Tensor:
+        """(B, T): one number a rollout, at every token."""
+        per_rollout = group_advantages(rollouts.rewards, self.group_size)  # (B,)
+        return per_rollout[:, None].expand(rollouts.ids.shape)
+
+    def fit(self, rollouts: Rollouts) -> dict[str, float]:
+        """7b. There is nothing to learn, and nothing to log."""
+        return {}
+
+
+def read(reference: Policy | None, rollouts: Rollouts, config: Config) -> TokenStats | None:
+    """6a. What the frozen reference says of the sampled tokens. ActFocus looks at action tokens
+    alone; the KL penalty needs all of them. None if neither asks for it."""
+    if reference is None:
+        return None
+    wanted = rollouts.response if config.kl_coef else rollouts.action
+    return score(reference, rollouts, wanted, config)
+
+
+# ---------------------------------------------------------------------------- 7. mini-batch updates
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    weights: Tensor,
+    frozen: TokenStats | None,
+    config: Config,
+    rng: random.Random,
+    guard: Guard,
+) -> dict[str, float]:
+    """7. One pass over the rollouts in shuffled mini-batches, with an optimizer step for each.
+
+    advantages, weights: (B, T); frozen: of the reference, read only for the KL penalty. A
+    mini-batch is split into micro-batches that fit into memory; their gradients add up to that of
+    the whole, since each divides by the sums of the whole. Returns columns of the log.
+    """
+    settings = LossSettings(
+        temperature=config.temperature,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        entropy_coef=config.entropy_coef,
+        kl_coef=config.kl_coef,
+    )
+    meter = UpdateMeter(config)
+    order = torch.tensor(rng.sample(range(len(advantages)), len(advantages)))
+    for minibatch in order.split(config.minibatch):
+        normalizer = weights[minibatch].sum()
+        count = rollouts.response[minibatch].sum()
+        for indices in rollouts.micro_batches(minibatch, config.micro_tokens):
+            mask = rollouts.response[indices]  # (b, T), N of them True
+            hidden, targets = scored_hidden(policy, rollouts, indices, rollouts.response)
+            old_logprob = rollouts.old_logprob[indices][mask]  # (N,), as all that follow
+            advantage = advantages[indices][mask]
+            ref_logprob = frozen.logprob[indices][mask] if config.kl_coef else None
+            with policy.autocast():
+                result = fused_policy_loss(
+                    hidden, policy.head, targets, old_logprob, advantage, weights[indices][mask],
+                    settings, normalizer=normalizer, count=count, ref_logprob=ref_logprob,
+                )  # fmt: skip
+            result.loss.backward()
+            meter.add_micro_batch(result, old_logprob, advantage, count)
+        meter.add_gradient(policy.model)
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+        if guard.allows(norm.item(), result.loss.item(), policy.model):
+            optimizer.step()
+        meter.add_step(norm.item())
+        optimizer.zero_grad()
+    columns = meter.columns(tokens=rollouts.response.sum().item())
+    if config.kl_coef:
+        difference = (rollouts.old_logprob - frozen.logprob) * rollouts.response
+        columns["kl_reference"] = difference.sum().item() / rollouts.response.sum().item()
+    return columns
+
+
+class UpdateMeter:
+    """What is logged of an update: means over tokens, and over optimizer steps."""
+
+    def __init__(self, config: Config):
+        self.clip_low, self.clip_high = config.clip_low, config.clip_high
+        self.sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
+        self.norms: list[float] = []
+        self.cosines: list[float] = []
+        self.last_gradient: Tensor | None = None
+
+    def add_micro_batch(
+        self, result: PolicyLoss, old_logprob: Tensor, advantage: Tensor, count: Tensor
+    ) -> None:
+        """All but `count`, the tokens of the whole mini-batch, are of N tokens."""
+        log_ratio = result.logprob - old_logprob
+        ratio = log_ratio.exp()
+        above = (ratio > 1 + self.clip_high) & (advantage > 0)
+        below = (ratio < 1 - self.clip_low) & (advantage < 0)
+        self.sums["loss"] += (result.loss.detach() * count).item()
+        self.sums["entropy"] += result.entropy.double().sum().item()
+        self.sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
+        self.sums["clip_fraction"] += (above | below).sum().item()
+
+    def add_gradient(self, model: torch.nn.Module) -> None:
+        """How much successive mini-batches agree; too large a model is left out."""
+        gradient = logs.flat_gradient(model)  # (P,) or None
+        if self.last_gradient is not None:
+            cosine = torch.cosine_similarity(self.last_gradient, gradient, dim=0)
+            self.cosines.append(cosine.item())
+        self.last_gradient = gradient
+
+    def add_step(self, norm: float) -> None:
+        self.norms.append(norm)
+
+    def columns(self, tokens: int) -> dict[str, float]:
+        found = {name: total / tokens for name, total in self.sums.items()}
+        found["grad_norm"] = sum(self.norms) / len(self.norms)
+        found["skipped_updates"] = sum(not math.isfinite(norm) for norm in self.norms)
+        if self.cosines:
+            found["gradient_agreement"] = sum(self.cosines) / len(self.cosines)
+        return found
+
+
+class Guard:
+    """Leaves out an update whose gradient is not finite; the third in a row ends the run."""
+
+    def __init__(self, name: str):
+        self.name = name  # of the arm
+        self.iteration = 0
+        self.left_out_in_a_row = 0
+
+    def allows(self, norm: float, loss: float, model: torch.nn.Module) -> bool:
+        """May the optimizer step? norm: of the gradient; loss: of the last micro-batch."""
+        if math.isfinite(norm):
+            self.left_out_in_a_row = 0
+            return True
+        cause = f"gradient (last loss: {loss:g}) is" if is_finite(model) else "weights are"
+        message = f"{self.name}, iteration {self.iteration}: left out an update, since the {cause} "
+        message += "not finite"
+        self.left_out_in_a_row += 1
+        if self.left_out_in_a_row == 3:
+            raise SystemExit(f"{message}, for the third time in a row; a lower --lr may help")
+        tqdm.write(message)
+        return False
+
+    def healthy(self, model: torch.nn.Module) -> bool:
+        """Is this a state that is worth a checkpoint?"""
+        return self.left_out_in_a_row == 0 and is_finite(model)
+
+
+def is_finite(model: torch.nn.Module) -> bool:
+    return all(p.isfinite().all() for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------- 8. log
+def measure(
+    played: Rollouts,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    weights: Tensor,
+    policy: Policy,
+    config: Config,
+) -> dict[str, float]:
+    """8. Columns of the log. played: all rollouts; rollouts: those that were trained on."""
+    columns = logs.outcomes(played, "train")
+    columns["equal_groups"] = logs.equal_groups(played.rewards, config.group_size)
+    return columns | logs.batch_statistics(rollouts, weights, advantages, policy.end_of_turn)
+
+
+# ------------------------------------------------------------------------- playing and scoring
+def play(
+    policy: Policy, config: Config, seeds: Sequence[int], temperature: float, sampling_seed: int
+) -> Rollouts:
+    """Play one episode for each seed, under the limits of the config."""
+    return rollout(
+        policy, lambda: make_env(config.env), seeds, temperature, sampling_seed=sampling_seed,
+        max_turn_tokens=config.max_turn_tokens, max_tokens=config.max_tokens,
+        at_once=config.play_batch,
+    )  # fmt: skip
+
+
+def score(policy: Policy, rollouts: Rollouts, wanted: Tensor, config: Config) -> TokenStats:
+    """Log-prob, energy and entropy of the wanted tokens, (B, T) bool; 0 at all others."""
+    return score_all(policy, rollouts, wanted, config.temperature, config.micro_tokens)
+
+
+@contextlib.contextmanager
+def other_weights(policy: Policy, weights: Weights) -> Iterator[Policy]:
+    """The policy with other weights for a while: without the memory of a second model."""
+    trained = copy_of_weights(policy)
+    policy.model.load_state_dict(weights)
     try:
-        with checkpoints:
-            for name in names:
-                policy.model.load_state_dict(start)
-                critic = make_critic(policy, config) if arms[name].critic else None
-                train(policy, config, name, arms[name], out, checkpoints, critic)
-                if config.save:
-                    policy.save(out / name)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"{out} cannot be written: {error}; {checkpoints.again()}") from None
-    finally:  # also when interrupted: what has been done is drawn and stays
-        with contextlib.suppress(OSError):  # a full disk, which has been told of
-            logs.draw(out)  # 9. draw
+        yield policy
+    finally:
+        policy.model.load_state_dict(trained)
+
+
+def copy_of_weights(policy: Policy) -> Weights:
+    """On the CPU."""
+    return {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
+
+
+# --------------------------------------------------------------------------- a run of several arms
+def run(
+    config: Config,
+    arms: dict[str, Arm],
+    make_critic: Callable | None = None,
+    show: Callable | None = None,
+) -> None:
+    """Train each arm from the same weights on the same prompts, and draw them together.
+
+    make_critic(policy, config): for arms with a critic (train_ppo.py). show(policy, config, arms):
+    called once before a new run trains (train_actfocus.py).
+    """
+    config.resolve()
+    with memory.explain_out_of_memory(config.device):
+        policy = load(config, arms)  # 1
+        start = copy_of_weights(policy)
+        checkpoints, to_train = open_run(config, list(arms), start)
+        out = Path(config.out)
+        if show is not None and not config.resume:
+            show(policy, config, arms)
+        print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
+        try:
+            with checkpoints:
+                for name in to_train:
+                    train(policy, start, config, name, arms[name], checkpoints, make_critic)
+                    if config.save:
+                        policy.save(out / name)
+        except (OSError, safetensors.SafetensorError) as error:
+            how = checkpoints.how_to_resume()
+            raise SystemExit(f"{out} cannot be written: {error}; {how}") from None
+        finally:  # also when interrupted: what has been done is drawn and stays
+            with contextlib.suppress(OSError):  # a full disk, which has been told of
+                logs.draw(out)  # 9
+                transcripts.write_episodes_page(out)
     print(logs.summary(out))
     shutil.rmtree(checkpoints.folder, ignore_errors=True)
 
 
-def open_run(
-    config: Config, names: list[str], out: Path, start: dict[str, Tensor]
-) -> tuple[Checkpoints, list[str]]:
-    """The checkpoints of a new run or of one to go on with, and the arms that are still to train.
-    A folder that cannot be written is found out here, by a first checkpoint."""
-    origin = asdict(config) | dict.fromkeys(("out", "resume", *FREE))
-    origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0  # rounds
-    origin["weights"] = hashlib.sha256(safetensors.torch.save(start)).hexdigest()
-    checkpoints = Checkpoints(out, config.checkpoint_every, origin, logs.appended_files)
+def load(config: Config, arms: dict[str, Arm]) -> Policy:
+    """1. The policy to train. Whatever makes training impossible is found out here."""
+    try:
+        folder = config.model or start_folder(config.env, thoughts=config.thoughts)
+        memory.print_estimate(folder, config, arms.values())
+        policy = load_policy(folder, config.device, config.bfloat16)
+        check_prompt_fits(policy, make_env(config.env), EVAL_SEEDS, config.max_tokens)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"the run cannot begin: {error}") from None
+    if config.gradient_checkpointing:
+        policy.recompute()
+    return policy
+
+
+def open_run(config: Config, names: list[str], start: Weights) -> tuple[Checkpoints, list[str]]:
+    """The checkpoints of a new run, or of one to go on with, and the arms that are still to train.
+    A first checkpoint finds out whether the folder can be written."""
+    out = Path(config.out)
+    checkpoints = Checkpoints(
+        out, config.checkpoint_every, origin_of(config, start), logs.appended_files
+    )
     try:
         if config.resume:
-            return checkpoints, names[names.index(checkpoints.go_on()) :]
+            current = checkpoints.load_latest()
+            return checkpoints, names[names.index(current) :]
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         sync(out / "config.json")
@@ -96,175 +453,19 @@ def open_run(
     return checkpoints, names
 
 
-def train(
-    policy: Policy, config: Config, name: str, arm: Arm, out: Path, checkpoints: Checkpoints,
-    critic=None,
-) -> None:  # fmt: skip
-    """Train one arm in place, logging to out/<name>.csv. critic: of train_ppo.py, for PPO."""
-    reference = policy.frozen_copy() if arm.beta or config.kl_coef else None
-    optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
-    rng = random.Random(config.seed)
-    guard, success = Guard(), {}
-    parts = {"policy": policy.model, "optimizer": optimizer}  # what training changes
-    parts |= {"critic": critic} if critic else {}
-    rows = range(checkpoints.restore(name, parts, rng), config.iterations + 1)
-    progress = tqdm(rows, desc=name, initial=rows.start, total=rows.stop, dynamic_ncols=True)
-    for iteration in progress:
-        row, last = {"iteration": iteration}, iteration == config.iterations
-        # 2. evaluate: before training, every few iterations, and at the end
-        if iteration % config.eval_every == 0 or last:
-            prompts = range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes // config.eval_group_size)
-            seeds = repeated(prompts, config.eval_group_size)
-            rollouts = play(policy, config, seeds, config.eval_temperature, sampling_seed=0)
-            row |= logs.outcomes(rollouts, "eval")
-            logs.log_prompts(out / "evaluations.csv", name, iteration, prompts, rollouts)
-            row["eval_stderr"] = logs.standard_error(rollouts.success, config.eval_group_size)
-            if iteration == 0 or last:
-                title = f"{name} after {iteration} iterations"
-                logs.write_samples(out / "samples.txt", title, policy, rollouts)
-        if not last:
-            began = time.perf_counter()
-            # 3. play groups: every prompt group_size times
-            prompts = [rng.randrange(WARM_START_SEEDS) for _ in range(config.prompts)]
-            seeds = repeated(prompts, config.group_size)
-            rollouts = play(policy, config, seeds, config.temperature, config.seed)
-            played = time.perf_counter()
-            row |= logs.outcomes(rollouts, "train")
-            logs.log_prompts(out / "prompts.csv", name, iteration, prompts, rollouts)
-            row["equal_groups"] = logs.equal_groups(rollouts.rewards, config.group_size)
-            # groups that end alike teach nothing and may be left out (the paper's filter)
-            kept = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
-            rollouts = rollouts.take(kept)
-            # 4. segment: rollout() has labelled every sampled token from its bytes (segment.py)
-            response = rollouts.response
-            reasoning = rollouts.labels == Segment.REASONING
-            action = rollouts.labels == Segment.ACTION
-            if policy.bfloat16:  # there a cached decoding step rounds otherwise
-                rollouts.old_logprob = score(policy, rollouts, response, config).logprob
-            # 5. advantages: within groups, or of a critic
-            if critic is None:
-                per_rollout = group_advantages(rollouts.rewards, config.group_size)
-                advantages = per_rollout[:, None].expand(response.shape)  # (B, T)
-            else:
-                advantages, returns = critic.advantages(rollouts)  # (B, T) each
-            # 6. token weights: all that ActFocus changes. GRPO: alpha 1, beta 0
-            signal, ref_logprob = torch.zeros(response.shape, device=policy.device), None
-            if reference is not None:  # KL needs it at all tokens, the weights at action tokens
-                frozen = score(reference, rollouts, response if config.kl_coef else action, config)
-                signal = token_signals(frozen, rollouts.old_logprob)[arm.signal]
-                ref_logprob = frozen.logprob if config.kl_coef else None
-            weights = actfocus_weights(signal, reasoning, action, response, arm.alpha, arm.beta)
-            if arm.change:  # a control
-                weights = arm.change(weights, rollouts, seed=config.seed + 1000 * iteration)
-            # 7. mini-batch updates
-            row |= logs.batch_statistics(rollouts, weights, advantages, policy.end_of_turn)
-            guard.place = f"{name}, iteration {iteration}"
-            row |= update(
-                policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, guard
-            )
-            if critic is not None:
-                row |= critic.fit(rollouts, returns)
-            row |= {"seconds": time.perf_counter() - began, "seconds_play": played - began}
-            if not arm.uniform and iteration == 0:
-                logs.warn_if_untagged(reasoning, response)
-        logs.log(out / f"{name}.csv", row)  # 8. log
-        success |= {key: f"{row[key]:.2f}" for key in row if key.endswith("success")}
-        progress.set_postfix(success)
-        checkpoints.keep(name, iteration + 1, parts, rng, last, guard.sound(policy.model))
-
-
-def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: Tensor,
-    weights: Tensor, ref_logprob: Tensor | None, config: Config, rng: random.Random, guard: Guard,
-) -> dict[str, float]:  # fmt: skip
-    """A pass in shuffled mini-batches, a step each. advantages, weights, ref_logprob (KL): (B, T).
-    Returns columns of the log: means over tokens; of the gradient, over steps."""
-    response, old_logprob = rollouts.response, rollouts.old_logprob
-    sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
-    norms, cosines, previous = [], [], None
-    shuffled = torch.tensor(rng.sample(range(len(advantages)), len(advantages)))
-    for rows in shuffled.split(config.minibatch):
-        normalizer, count = weights[rows].sum(), response[rows].sum()  # of the whole mini-batch
-        for batch in rollouts.micro_batches(rows, config.micro_tokens):
-            hidden, targets = scored_hidden(policy, rollouts, batch, response)  # (N, H), (N,)
-            mask = response[batch]  # (b, T); mask.sum() = N
-            old = old_logprob[batch][mask]  # (N,), as all per-token tensors from here on
-            advantage = advantages[batch][mask]
-            with policy.autocast():
-                loss, logprob, entropy = fused_policy_loss(
-                    hidden, policy.head, targets, old, advantage, weights[batch][mask],
-                    temperature=config.temperature,
-                    clip_low=config.clip_low, clip_high=config.clip_high,
-                    normalizer=normalizer, count=count,
-                    ref_logprob=None if ref_logprob is None else ref_logprob[batch][mask],
-                    kl_coef=config.kl_coef, entropy_coef=config.entropy_coef,
-                )  # fmt: skip
-            loss.backward()
-            ratio = (logprob - old).exp()
-            above = (ratio > 1 + config.clip_high) & (advantage > 0)
-            below = (ratio < 1 - config.clip_low) & (advantage < 0)
-            sums["loss"] += (loss.detach() * count).item()
-            sums["entropy"] += entropy.double().sum().item()
-            sums["kl"] += (ratio - 1 - (logprob - old)).double().sum().item()
-            sums["clip_fraction"] += (above | below).sum().item()
-        gradient = logs.flat_gradient(policy.model)  # (P,), or None for a large model
-        if previous is not None:
-            cosines.append(torch.cosine_similarity(previous, gradient, dim=0).item())
-        previous = gradient
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-        norms.append(norm.item())
-        if guard.passes(norms[-1], loss.item(), policy.model):
-            optimizer.step()
-        optimizer.zero_grad()
-    tokens = response.sum().item()
-    row = {name: total / tokens for name, total in sums.items()}
-    row["grad_norm"] = sum(norms) / len(norms)
-    row["skipped_updates"] = sum(not math.isfinite(norm) for norm in norms)
-    if cosines:
-        row["gradient_agreement"] = sum(cosines) / len(cosines)
-    if ref_logprob is not None:
-        row["kl_reference"] = ((old_logprob - ref_logprob) * response).sum().item() / tokens
-    return row
-
-
-class Guard:
-    """Leaves out updates whose gradient is not finite; the third in a row ends the run."""
-
-    place, in_a_row = "", 0
-
-    def passes(self, norm: float, loss: float, model: torch.nn.Module) -> bool:
-        if math.isfinite(norm):
-            self.in_a_row = 0
-            return True
-        cause = f"gradient (last loss: {loss:g}) is" if finite(model) else "weights are"
-        said = f"{self.place}: left out an update, since the {cause} not finite"
-        self.in_a_row += 1
-        if self.in_a_row == 3:
-            raise SystemExit(f"{said}, for the third time in a row; a lower --lr may help")
-        tqdm.write(said)
-        return False
-
-    def sound(self, model: torch.nn.Module) -> bool:
-        """Is this a state to go on from?"""
-        return self.in_a_row == 0 and finite(model)
-
-
-def finite(model: torch.nn.Module) -> bool:
-    return all(p.isfinite().all() for p in model.parameters())
-
-
-def play(
-    policy: Policy, config: Config, seeds: Sequence[int], temperature: float, sampling_seed: int
-) -> Rollouts:
-    return rollout(
-        policy, lambda: make_env(config.env), seeds, temperature, sampling_seed=sampling_seed,
-        max_turn_tokens=config.max_turn_tokens, max_tokens=config.max_tokens,
-        at_once=config.play_batch,
-    )  # fmt: skip
-
-
-def score(policy: Policy, rollouts: Rollouts, chosen: Tensor, config: Config) -> TokenStats:
-    return score_all(policy, rollouts, chosen, config.temperature, config.micro_tokens)
+def origin_of(config: Config, start: Weights) -> dict:
+    """What must be the same for a run to be resumed: settings, threads and weights."""
+    origin = asdict(config)
+    for name in ("out", "resume", *MAY_CHANGE_ON_RESUME):
+        origin[name] = None
+    # Another number of threads adds in another order, and so rounds otherwise.
+    origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0
+    digest = hashlib.sha256()
+    for name, value in start.items():  # one by one: all at once would take the model's size again
+        digest.update(name.encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    origin["weights"] = digest.hexdigest()
+    return origin
 
 
 if __name__ == "__main__":

@@ -13,27 +13,47 @@ Simplified away: no clipping of the value loss, no early stop, no warm-up of the
 from __future__ import annotations
 
 import copy
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from arms import ARMS
 from policy import Policy
 from rollout import Rollouts, scored_hidden
-from support.config import ActFocusConfig, option, parse
+from support.config import ActFocusConfig, check_range, flag, parse
 from train_grpo import run
 
 
 @dataclass
 class PPOConfig(ActFocusConfig):
-    arms: str = option("ppo,ppo-actfocus", "arms to train in turn, of arms.py")
-    critic_lr: float | None = option(
-        None, "learning rate of the critic; 1e-3 if built in, else 1e-5", 0, 10, kind=float
+    arms: str = flag(
+        "ppo,ppo-actfocus",
+        f"The arms to train, one after the other and separated by commas: {', '.join(ARMS)}.",
     )
-    critic_passes: int = option(2, "passes of the critic over the rollouts of an iteration", 1)
-    gae_lambda: float = option(1.0, "of generalised advantage estimation", 0, 1)
+    critic_lr: float | None = flag(
+        None,
+        "The learning rate of the critic. Without this flag it is 1e-3 for a built-in model and "
+        "1e-5 with --model.",
+    )
+    critic_passes: int = flag(
+        2, "How many times the critic is fitted to the rollouts of an iteration."
+    )
+    gae_lambda: float = flag(
+        1.0,
+        "The lambda of generalised advantage estimation. At 1, an advantage is the return minus "
+        "the critic's value.",
+    )
     with_critic = True
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that cannot run; it names the flag, its value and a fix."""
+        super().validate()
+        check_range(self, 0, 10, "critic_lr")
+        check_range(self, 1, math.inf, "critic_passes")
+        check_range(self, 0, 1, "gae_lambda")
 
     def resolve(self) -> None:
         super().resolve()
@@ -110,7 +130,9 @@ class Critic:
         self.parameters = [*self.trunk.model.parameters(), *self.layer.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.critic_lr)
         self.rng = random.Random(config.seed)  # its own: shuffling it leaves prompts as they are
-        self.foresaw: dict[str, float] = {}  # how well, at the last `advantages`
+        # Of the last `advantages`: what to fit to, (B, T), and how good the predictions were.
+        self.returns: Tensor | None = None
+        self.quality: dict[str, float] = {}
 
     def state_dict(self) -> dict:
         """All that training changes."""
@@ -124,9 +146,9 @@ class Critic:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.setstate(state["rng"])
 
-    def predict(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
-        """(N,) float32: the value before each response token of some rows, in their order."""
-        hidden, _ = scored_hidden(self.trunk, rollouts, rows, rollouts.response)  # (N, H)
+    def predict(self, rollouts: Rollouts, indices: Tensor) -> Tensor:
+        """(N,) float32: the value before each response token of some rollouts, in their order."""
+        hidden, _ = scored_hidden(self.trunk, rollouts, indices, rollouts.response)  # (N, H)
         return self.layer(hidden.float()).squeeze(-1)
 
     @torch.no_grad()
@@ -134,44 +156,46 @@ class Critic:
         """(B, T): V(c_t) at the response tokens, else 0."""
         values = torch.zeros(rollouts.ids.shape, device=rollouts.ids.device)
         everything = torch.arange(len(values))
-        for rows in rollouts.micro_batches(everything, self.config.micro_tokens):
-            filled = torch.zeros_like(values[rows])
-            filled[rollouts.response[rows]] = self.predict(rollouts, rows)
-            values[rows] = filled
+        for indices in rollouts.micro_batches(everything, self.config.micro_tokens):
+            filled = torch.zeros_like(values[indices])
+            filled[rollouts.response[indices]] = self.predict(rollouts, indices)
+            values[indices] = filled
         return values
 
-    def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """Whitened advantages, and the returns to fit to: (B, T) each."""
+    def advantages(self, rollouts: Rollouts) -> Tensor:
+        """5. Whitened advantages, (B, T). The returns are kept for `fit`."""
         response = rollouts.response
         rewards = reward_at_end(rollouts.rewards, response)
         values = self.values(rollouts)
         advantages, returns = gae(rewards, values, response, lam=self.config.gae_lambda)
         error, variance = (returns - values)[response], returns[response].var(correction=0)
-        self.foresaw = {
+        self.returns = returns
+        self.quality = {
             "value_loss": 0.5 * error.square().mean().item(),
             "explained_variance": (1 - error.var(correction=0) / variance).item(),
         }
-        return whiten(advantages, response), returns
+        return whiten(advantages, response)
 
-    def fit(self, rollouts: Rollouts, returns: Tensor) -> dict[str, float]:
-        """Squared error, in mini-batches as the policy's. Returns columns of the log, of the values
-        before this fit, which the advantages came from: their loss, and the share of the variance
-        of the returns that they explain (1: all, 0: no better than the mean)."""
-        response, config = rollouts.response, self.config
+    def fit(self, rollouts: Rollouts) -> dict[str, float]:
+        """7b. Fit the values to the returns of these rollouts by their squared error, in
+        mini-batches as the policy's. Returns columns of the log, of the values before this fit,
+        which the advantages came from: their loss, and the share of the variance of the returns
+        that they explain (1: all of it, 0: no better than the mean)."""
+        response, returns, config = rollouts.response, self.returns, self.config
         for _ in range(config.critic_passes):
             shuffled = torch.tensor(self.rng.sample(range(len(returns)), len(returns)))
-            for rows in shuffled.split(config.minibatch):
-                count = response[rows].sum()
-                for batch in rollouts.micro_batches(rows, config.micro_tokens):
-                    error = self.predict(rollouts, batch) - returns[batch][response[batch]]
+            for minibatch in shuffled.split(config.minibatch):
+                count = response[minibatch].sum()
+                for indices in rollouts.micro_batches(minibatch, config.micro_tokens):
+                    error = self.predict(rollouts, indices) - returns[indices][response[indices]]
                     (0.5 * error.square().sum() / count).backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
                 if norm.isfinite():
                     self.optimizer.step()
                 self.optimizer.zero_grad()
-        return self.foresaw
+        return self.quality
 
 
 if __name__ == "__main__":
     config = parse(PPOConfig, "PPO without and with ActFocus on a tool-calling environment.")
-    run(config, config.chosen(), make_critic=Critic)
+    run(config, config.chosen_arms(), make_critic=Critic)

@@ -1,17 +1,21 @@
-"""ActFocus in TRL: a GRPOTrainer whose per-token advantages carry the weights, and this project's
-worlds as its rollouts. Needs `pip install trl==1.16.0`.
+"""ActFocus in TRL: a GRPOTrainer whose per-token advantages carry the weights, with this project's
+worlds as its rollouts. It needs `pip install trl==1.16.0`. Run it from the root of the project:
 
-    python -m examples.trl_actfocus --env frozenlake            # one process, a CPU will do
-    torchrun --nproc-per-node 2 -m examples.trl_actfocus        # several, on CPUs, too
+    python -m examples.trl_actfocus --env frozenlake                # one process; a CPU will do
+    torchrun --nproc-per-node 2 -m examples.trl_actfocus            # several, on CPUs as well
     accelerate launch --num_processes 2 -m examples.trl_actfocus    # several, on GPUs
 
 ActFocusTrainer takes what GRPOTrainer takes: any tools, environment or reward. Its loss and
 gradient are those of `clipped_loss` with `actfocus_weights` over the rollouts of all processes
-(tests/test_examples.py); settings with which they would silently be others are refused. An update
-is of the whole generation, so ratios leave 1, and are clipped, only with num_iterations > 1. With
-vLLM TRL also multiplies each token's loss by its importance ratio. Against plain TRL (`--plain`) an
-update takes 1.11 times as long with the built-in model (results/speed.md). The reference is whole
-on every process: with FSDP or ZeRO-3, which were not tried, only the policy is split.
+(tests/test_examples.py). Settings that would silently make it another loss are refused.
+
+- Each update uses the whole generation once, so its ratios leave 1, and can be clipped, only with
+  num_iterations > 1.
+- With vLLM, TRL also multiplies each token's loss by its importance ratio.
+- With the built-in model, an update takes 1.11 times as long as in plain TRL (`--plain`;
+  results/speed.md).
+- The reference model is whole on every process. FSDP and ZeRO-3, which would split only the policy,
+  were not tried.
 """
 
 from __future__ import annotations

@@ -1,24 +1,28 @@
 """ActFocus in verl: the weights as a function of verl's own tensors, and a trainer that applies
-it. Needs `pip install verl==0.9.0` for the trainer; the function needs torch alone.
+them. The function `weigh` needs torch alone; the trainer needs `pip install verl==0.9.0`.
 
-    import verl_actfocus           # where verl's processes start,
-    verl_actfocus.register()       # then choose the trainer "actfocus_sync"
+    from examples import verl_actfocus    # in the script that starts verl's processes
+    verl_actfocus.register()              # then choose the trainer "actfocus_sync"
 
-verl's advantages are per token, and its loss with `loss_agg_mode="token-mean"` is a mean over the
-tokens of a mini-batch. So weights that are never negative go into the advantages. What was checked:
-loss and gradient through verl's installed `compute_policy_loss_vanilla`, on a processor, equal
-`clipped_loss` with `actfocus_weights` (tests/test_examples.py). What was not run here: the trainer
-itself, for it needs vLLM or SGLang and Ray on GPUs.
+Start that script from the root of the project with `python -m`, so that `examples` is found.
 
-- Set `clip_ratio_low=0.2`, `clip_ratio_high=0.28`, and `clip_ratio_c` high (1e9): verl's dual clip
-  bounds what a negative advantage costs, at 3 by default, and the paper's loss does not. That, and
-  what else would make it silently another loss, `refuse` refuses.
-- The divisor is that of the batch that `weigh` sees. It is the mini-batch's, and so the paper's, if
-  the batch is one mini-batch; else an update's step is off by how much its mean weight differs.
+verl's advantages are per token, and with `loss_agg_mode="token-mean"` its loss is a mean over the
+tokens of a mini-batch. Weights are never negative, so they can be multiplied into the advantages.
+
+This was checked on a CPU: loss and gradient through the `compute_policy_loss_vanilla` of the
+installed verl equal `clipped_loss` with `actfocus_weights` (tests/test_examples.py). The trainer
+itself was not run here, because it needs vLLM or SGLang and Ray on GPUs.
+
+- Set `clip_ratio_low=0.2`, `clip_ratio_high=0.28`, and `clip_ratio_c` high (1e9). verl's dual clip
+  bounds what a negative advantage costs, at 3 by default, and the paper's loss does not. `refuse`
+  raises for this setting, and for others that would silently make it another loss.
+- The weights are divided by those of the batch that `weigh` sees. The paper divides by those of the
+  mini-batch, which is the same if the batch is one mini-batch. Otherwise the step of an update is
+  off by the ratio between the two mean weights.
 - verl's reference worker returns log-probs and no energies. With a worker that also writes
-  `ref_energy` (minus the logsumexp of the raw logits, (bs, response length)) the trainer below is
-  the paper's. Without, it says so and takes the log-prob shift, which the paper tried, too: zero
-  before the first update, so that at first the discount acts alone.
+  `ref_energy` (minus the logsumexp of the raw logits, (bs, response length)), the trainer below is
+  the paper's. Without one it warns and uses the log-prob shift, another signal that the paper
+  tried. The shift is zero before the first update, so at first the discount acts alone.
 """
 
 from __future__ import annotations
@@ -77,8 +81,11 @@ def refuse(config) -> None:
 
 
 def register(opening: bytes = b"") -> None:
-    """Make the trainer known to verl as "actfocus_sync". opening: as in `weigh`; for a template
-    whose turns begin with "<think>\\n", b"<think>\\n": else no thought is found, nor discounted."""
+    """Make the trainer known to verl as "actfocus_sync".
+
+    opening: as in `weigh`. A template that begins turns with "<think>\\n" needs b"<think>\\n" here;
+    without it no thought is found, and so none is weighed as reasoning.
+    """
     import transfer_queue as tq
     from tensordict import TensorDict
     from verl.trainer.ppo.v1.trainer_base import get_trainer_cls, register_trainer

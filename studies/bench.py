@@ -39,15 +39,16 @@ import transformers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from actfocus import actfocus_weights, group_advantages
 from arms import ARMS, Arm, token_signals
-from energy import token_stats
+from energy import CHUNK_ELEMENTS, matmul
 from envs import Step
-from fused_loss import fused_policy_loss, policy_loss, token_loss
-from policy import Policy, encoders, load_policy
+from fused_loss import LossSettings, fused_policy_loss, policy_loss, token_loss
+from policy import Policy, load_policy
 from rollout import Rollouts, rollout
-from segment import Segment, token_bytes
+from segment import Segment
 from support.config import Config
 from support.warm_start import start_folder
 from train_grpo import Guard, score, update
@@ -75,7 +76,7 @@ class LossInputs(NamedTuple):
 
 def full(given: LossInputs, entropy_coef: float) -> Tensor:
     """All logits, and their log-softmax."""
-    return policy_loss(*given, entropy_coef=entropy_coef).loss
+    return policy_loss(*given, LossSettings(entropy_coef=entropy_coef)).loss
 
 
 def selective(given: LossInputs, entropy_coef: float) -> Tensor:
@@ -84,15 +85,29 @@ def selective(given: LossInputs, entropy_coef: float) -> Tensor:
     logits = given.hidden @ given.head.T
     lse = torch.cat([block.float().logsumexp(-1) for block in logits.split(256)])
     logprob = logits.gather(-1, given.targets[:, None]).squeeze(-1).float() - lse
-    return token_loss(logprob, None, given.old_logprob, given.advantages, given.weights)
+    return token_loss(
+        logprob, None, given.old_logprob, given.advantages, given.weights, LossSettings()
+    )
 
 
 def recomputed(given: LossInputs, entropy_coef: float, chunk_size: int | None = None) -> Tensor:
     """Statistics chunk by chunk, each chunk's logits computed again in backward."""
-    stats = token_stats(given.hidden, given.head, given.targets, chunk_size=chunk_size)
+
+    def statistics(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logp = matmul(hidden, given.head.T).log_softmax(-1)
+        logprob = logp.gather(-1, targets[:, None]).squeeze(-1)
+        return logprob, -(logp.exp() * logp).sum(-1)
+
+    chunk_size = chunk_size or max(1, CHUNK_ELEMENTS // len(given.head))
+    hiddens, targets = given.hidden.split(chunk_size), given.targets.split(chunk_size)
+    stats = [
+        checkpoint(statistics, *chunk, use_reentrant=False)
+        for chunk in zip(hiddens, targets, strict=True)
+    ]
+    logprob, entropy = map(torch.cat, zip(*stats, strict=True))
     return token_loss(
-        stats.logprob, stats.entropy, given.old_logprob, given.advantages, given.weights,
-        entropy_coef=entropy_coef,
+        logprob, entropy, given.old_logprob, given.advantages, given.weights,
+        LossSettings(entropy_coef=entropy_coef),
     )  # fmt: skip
 
 
@@ -107,13 +122,14 @@ def trl(given: LossInputs, entropy_coef: float) -> Tensor:
     )
     return token_loss(
         logprob, entropy, given.old_logprob, given.advantages, given.weights,
-        entropy_coef=entropy_coef,
+        LossSettings(entropy_coef=entropy_coef),
     )  # fmt: skip
 
 
 def fused(given: LossInputs, entropy_coef: float, chunk_size: int | None = None) -> Tensor:
     """Chunk by chunk, the gradient together with the value."""
-    return fused_policy_loss(*given, entropy_coef=entropy_coef, chunk_size=chunk_size).loss
+    settings = LossSettings(entropy_coef=entropy_coef)
+    return fused_policy_loss(*given, settings, chunk_size=chunk_size).loss
 
 
 WAYS = (full, selective, recomputed, trl, fused)
@@ -260,7 +276,7 @@ def shaped_policy(args: argparse.Namespace) -> Policy:
         pad_token_id=tokenizer.pad_token_id, eos_token_id=policy.end_of_turn,
     )  # fmt: skip
     model = transformers.Qwen2ForCausalLM(config).to(args.device)
-    return Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    return Policy(model, tokenizer)
 
 
 def stock(policy: Policy) -> Policy:

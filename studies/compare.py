@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from arms import ARMS
 from studies.stats import MEASURES, draw_seeds, measures, t_interval
-from support.config import FREE, parse
+from support.config import MAY_CHANGE_ON_RESUME, parse, read_config
 from support.logs import COLUMNS, PANELS, column
 from support.warm_start import start_folder
 from train_ppo import PPOConfig
@@ -96,8 +96,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     args, rest = parser.parse_known_args(argv)
     args.seeds = [seed for seeds in args.seeds for seed in seeds]
-    if {"--seed", "--no-baseline"} & {word.partition("=")[0] for word in rest}:
-        parser.error("--seed and --no-baseline are not for a comparison: say --seeds and --arms")
+    if "--seed" in {word.partition("=")[0] for word in rest}:
+        parser.error("--seed is not for a comparison: say --seeds")
     for name in ("env", "arms", "seeds", "lr"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             parser.error(f"--{name} names something twice: name each once")
@@ -122,7 +122,10 @@ def finished(cell: Cell, config: PPOConfig, out: Path) -> bool:
     for path in (done / "config.json", cell.partial(out) / "config.json"):
         before = usual | json.loads(path.read_text()) if path.exists() else {}
         for name, value in asdict(config).items():
-            if name not in ("out", "device", *FREE) and before.get(name, value) != value:
+            if (
+                name not in ("out", "device", *MAY_CHANGE_ON_RESUME)
+                and before.get(name, value) != value
+            ):
                 was = f"{path.parent} was run with {name} {before[name]}, not {value}"
                 raise SystemExit(f"{was}: choose another --out, or remove it")
     if done.exists() and not (done / "config.json").exists():
@@ -193,8 +196,8 @@ def report(cells: list[Cell], out: Path, baseline: str, threshold: float) -> Non
         writer.writeheader()
         for cell in cells:
             folder, log = cell.folder(out), cell.folder(out) / f"{cell.arm}.csv"
-            config = PPOConfig(**json.loads((folder / "config.json").read_text()))
-            values = asdict(cell) | asdict(config.chosen()[cell.arm]) | {"lr": config.lr}
+            config = read_config(PPOConfig, folder / "config.json")
+            values = asdict(cell) | asdict(config.chosen_arms()[cell.arm]) | {"lr": config.lr}
             with log.open(newline="", encoding="utf-8") as lines:
                 for row in csv.DictReader(lines):
                     writer.writerow({name: values[name] for name in setting} | row)

@@ -18,6 +18,7 @@ And, from transcripts.py, tokens.html and tokens.png: every token coloured by it
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,12 +46,12 @@ from studies.gradient_signal import (
 )
 from studies.gradient_signal import summary as signal_summary
 from support import memory
-from support.config import DEVICE, new_folder, option, parse
+from support.config import DEVICE, check_device, check_range, flag, new_folder, parse
 from support.logs import log_files, write_rows
 from support.transcripts import draw_transcripts
 from support.warm_start import start_folder
 from train_grpo import play, score
-from worlds import make_env
+from worlds import ENVIRONMENTS, make_env
 
 DIAGNOSE_SEEDS = 3_000_000_000  # and on: seeds that nothing else draws
 TOKENS = {  # choices of tokens: label, color
@@ -63,51 +64,92 @@ TOKENS = {  # choices of tokens: label, color
 
 @dataclass
 class DiagnoseConfig:
-    """Every flag of the command line."""
+    """The settings of a diagnosis, each of which is a flag."""
 
-    env: str = option("frozenlake", "environment to play")
-    model: str | None = option(None, "reference: folder or hub id; or the built-in model", kind=str)
-    checkpoint: str | None = option(None, "trained policy that plays instead: a folder", kind=str)
-    skill: float | None = option(None, "of the built-in model's demonstrator", 0, 1, kind=float)
-    thoughts: int | None = option(
-        None, "free sentences in a thought, of the built-in model", 0, 30, kind=int
+    env: str = flag("frozenlake", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
+    model: str | None = flag(
+        None,
+        "The reference, as a folder or a Hugging Face id. Without this flag it is the built-in "
+        "model of the world.",
     )
-    warm_start_seed: int | None = option(None, "another built-in model", 0, kind=int)
-    groups: int = option(128, "prompts", 8)
-    blocks: int = option(12, "of two prompts, to compare their gradients; 0: none", 0, 64)
-    group_size: int = option(16, "rollouts of each prompt", 2)
-    temperature: float = option(1.0, "sampling temperature", 0.01)
-    alpha: float = option(0.1, "weight of reasoning tokens in the pictures of tokens", 0, 1)
-    beta: float = option(0.5, "how much more an uncertain action token weighs there", 0)
-    play_batch: int = option(256, "rollouts played at once", 1)
-    micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
-    max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
-    max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
-    seed: int = option(0, "of sampling", 0)
-    device: str = option(DEVICE, "torch device")
-    bfloat16: bool = option(False, "compute in bfloat16 on a CPU, too")
-    out: str | None = option(None, "folder for results; else a new one in runs/", kind=str)
+    checkpoint: str | None = flag(
+        None,
+        "The folder of a trained policy that plays. Without this flag the reference plays itself.",
+    )
+    skill: float | None = flag(
+        None,
+        "How often the demonstrator of the built-in model picks a best move; other values than the "
+        "default need a new warm start.",
+    )
+    thoughts: int | None = flag(
+        None,
+        "How many filler sentences each demonstrated thought of the built-in model contains; other "
+        "values than the default need a new warm start.",
+    )
+    warm_start_seed: int | None = flag(
+        None, "The seed of the warm start. Another seed makes another built-in model."
+    )
+    groups: int = flag(128, "How many prompts are played: each of them gives a group.")
+    blocks: int = flag(
+        12,
+        "How many blocks of two prompts have their gradients compared. With 0, gradients are not "
+        "measured.",
+    )
+    group_size: int = flag(16, "How many rollouts of each prompt are played.")
+    temperature: float = flag(1.0, "The temperature at which rollouts are sampled.")
+    alpha: float = flag(0.1, "The weight of a reasoning token in the pictures of tokens.")
+    beta: float = flag(0.5, "How much more an uncertain action token weighs in these pictures.")
+    play_batch: int = flag(
+        256, "How many rollouts are played at the same time. Fewer need less memory."
+    )
+    micro_tokens: int = flag(
+        8192, "How many tokens one forward pass may hold, padding included. Fewer need less memory."
+    )
+    max_turn_tokens: int = flag(160, "A turn is cut off after this many tokens.")
+    max_tokens: int = flag(4096, "An episode ends after this many tokens, its prompt included.")
+    seed: int = flag(0, "The seed of sampling.")
+    device: str = flag(DEVICE, "The torch device to compute on.")
+    bfloat16: bool = flag(False, "Compute in bfloat16 on a CPU as well.")
+    out: str | None = flag(
+        None, "The folder for the results. Without this flag it is a new folder in runs/."
+    )
 
     def shaping(self) -> dict:
         """What was asked of the built-in model, by fields of `WarmStart`."""
         asked = {"skill": self.skill, "thoughts": self.thoughts, "seed": self.warm_start_seed}
         return {name: value for name, value in asked.items() if value is not None}
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot run, or would not do what was asked."""
-        make_env(self.env)
+    def validate(self) -> None:
+        """Raise ValueError for settings that cannot run, or would not do what was asked."""
+        check_range(self, 1, math.inf, "play_batch", "micro_tokens", "max_turn_tokens")
+        check_range(self, 1, math.inf, "max_tokens")
+        check_range(self, 0, math.inf, "warm_start_seed", "beta", "seed")
+        check_range(self, 0, 1, "skill", "alpha")
+        check_range(self, 0, 30, "thoughts")
+        check_range(self, 8, math.inf, "groups")
+        check_range(self, 0, 64, "blocks")
+        check_range(self, 2, math.inf, "group_size")
+        check_range(self, 0.01, math.inf, "temperature")
+        check_device(self.device)
+        make_env(self.env)  # raises ValueError for a world that there is not
         if 0 < self.blocks < 4:
             raise ValueError(f"--blocks is {self.blocks}: it must be 0, or at least 4")
         for name in self.shaping() if self.model else ():
-            flag = "--warm-start-seed" if name == "seed" else f"--{name}"
-            raise ValueError(f"{flag} is of the built-in model: leave it out, or --model")
+            given = "--warm-start-seed" if name == "seed" else f"--{name}"
+            raise ValueError(f"{given} shapes the built-in model: leave it out, or --model")
         if self.out and log_files(Path(self.out)):
             raise ValueError(f"--out {self.out} holds a training run: choose another folder")
 
 
-@memory.told
 def diagnose(config: DiagnoseConfig) -> None:
     """Play the groups, measure each, correlate, draw."""
+    advice = "lower --micro-tokens or --play-batch"
+    with memory.explain_out_of_memory(config.device, advice):
+        play_and_measure(config)
+
+
+def play_and_measure(config: DiagnoseConfig) -> None:
+    """What `diagnose` says."""
     reference, policy = load_policies(config)
     out = Path(config.out or new_folder(f"{config.env}-diagnosis"))
     out.mkdir(parents=True, exist_ok=True)

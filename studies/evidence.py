@@ -199,7 +199,7 @@ def signal_row(folder: Path, name: str) -> list[float]:
 def weighting(config: dict) -> str:
     """Its name in WEIGHTINGS; "" if it is not there."""
     asked = {name: config[name] for name in ("arms", "alpha", "beta", "signal")}
-    (arm,) = ActFocusConfig(**asked).chosen().values()
+    (arm,) = ActFocusConfig(**asked).chosen_arms().values()
     for name, each in WEIGHTINGS.items():
         if replace(each, label=arm.label, color=arm.color) == arm:
             return name

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from actfocus import actfocus_weights, group_advantages
 from arms import ARMS, SIGNALS, Arm, scatter_weights, token_signals
 from energy import TokenStats, token_stats
+from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy
 from rollout import Rollouts, scored_hidden
 from segment import Segment
@@ -160,9 +161,15 @@ def measure_block(
         with policy.autocast():
             stats = token_stats(hidden, policy.head, targets, temperature=config.temperature)
         for name, part in parts.items():
-            credit = -(part * earned[name][:, None])[rows][response[rows]]  # (N,)
+            credit = (part * earned[name][:, None])[rows][response[rows]]  # (N,)
+            with policy.autocast():
+                loss = fused_policy_loss(
+                    hidden, policy.head, targets,
+                    stats.logprob, credit, torch.ones_like(credit),
+                    LossSettings(temperature=config.temperature), normalizer=1.0,
+                ).loss  # fmt: skip
             by_parameter = torch.autograd.grad(
-                stats.logprob, parameters, credit, retain_graph=True, materialize_grads=True
+                loss, parameters, retain_graph=True, materialize_grads=True
             )
             flat = [g.flatten()[some] for g, some in zip(by_parameter, chosen, strict=True)]
             del by_parameter  # as large as the model: not to be there beside the next

@@ -1,7 +1,11 @@
-"""What a run takes: the flags of the command line.
+"""The settings of a training run, each of which is also a flag of the command line.
 
-A config is a dataclass whose fields are made by `option`: each is a flag with a sentence of help,
-and what cannot run is refused before anything does.
+    config = parse(Config, "GRPO on a tool-calling environment.")    # from the command line
+    config = Config(env="sudoku", iterations=20)                     # the same from Python
+
+A config is a dataclass. Its field `group_size` is the flag `--group-size`, and its annotation says
+of which type the value is. `parse` makes an argparse parser from these fields; `validate` then
+refuses settings that cannot run, before anything does.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ import json
 import math
 import os
 import time
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -20,19 +26,28 @@ from arms import ARMS, SIGNALS, Arm
 from support.logs import COLUMNS, appended_files
 from worlds import ENVIRONMENTS, make_env
 
-
-def option(
-    default, text: str, low: float = -math.inf, high: float = math.inf, kind: type | None = None
-):
-    """A field of a config that is a flag; numbers outside [low, high] are refused. kind: the type
-    of a flag whose default is None, for "not given"."""
-    kind = kind or type(default)
-    return field(default=default, metadata={"help": text, "low": low, "high": high, "kind": kind})
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A resumed run may change these: they save memory and leave what is computed as it is.
+MAY_CHANGE_ON_RESUME = ("micro_tokens", "play_batch", "gradient_checkpointing")
 
 
-def parse(config_class: type, description: str, argv: list[str] | None = None):
-    """A config from the command line. Wrong values are refused here, before anything runs: by their
-    bounds, and by the config's own `check`."""
+# ------------------------------------------------------------------------ fields that become flags
+def flag(default, help: str):
+    """A field of a config: its default, and the sentence that --help prints."""
+    return field(default=default, metadata={"help": help})
+
+
+def flag_name(field_name: str) -> str:
+    """How a field is spelled on the command line.
+
+    >>> flag_name("group_size")
+    '--group-size'
+    """
+    return f"--{field_name.replace('_', '-')}"
+
+
+def make_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    """An argparse parser with a flag for every field of a config class."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,77 +56,131 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
     if issubclass(config_class, Config):
         columns = "\n".join(f"  {name:24}{text}" for name, text in COLUMNS.items())
         parser.epilog = f"columns of the logs:\n{columns}"
+    types = get_type_hints(config_class)
     for each in fields(config_class):
-        flag, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
-        if each.metadata["kind"] is bool:
-            parser.add_argument(flag, help=text, action="store_true")
-        else:
-            shown = "" if each.default in (None, MISSING) else f" (default: {each.default})"
-            kind = each.metadata["kind"]
-            parser.add_argument(flag, help=text + shown, type=kind, default=each.default)
+        name, text = flag_name(each.name), each.metadata["help"]
+        if types[each.name] is bool:
+            parser.add_argument(name, help=text, action="store_true")
+            continue
+        if each.default is not None:
+            text += f" (default: {each.default})"
+        parser.add_argument(
+            name, help=text, type=type_of_value(types[each.name]), default=each.default
+        )
+    return parser
+
+
+def type_of_value(annotation) -> type:
+    """The type that a flag's text is converted to.
+
+    >>> type_of_value(int), type_of_value(float | None)
+    (<class 'int'>, <class 'float'>)
+    """
+    given = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return given[0] if given else annotation
+
+
+def parse(config_class: type, description: str, argv: list[str] | None = None):
+    """A validated config from the command line.
+
+    config_class: a dataclass whose fields are made by `flag`, with a method `validate`. argv: the
+    words of the command line without the script's name; None: this process's. Ends the process
+    with exit code 2 and a sentence if a flag is wrong, as argparse does.
+    """
+    parser = make_parser(config_class, description)
     args = parser.parse_args(argv)
     if getattr(args, "preset", None) == "paper":
-        chosen = [ARMS[name] for name in getattr(args, "arms", "grpo").split(",") if name in ARMS]
-        parser.set_defaults(**paper_settings(args.env, any(arm.critic for arm in chosen)))
-        args = parser.parse_args(argv)  # what is given still counts
+        names = getattr(args, "arms", "grpo").split(",")
+        critic = any(ARMS[name].critic for name in names if name in ARMS)
+        parser.set_defaults(**paper_settings(args.env, critic))
+        args = parser.parse_args(argv)  # what stands on the command line comes before the preset
     try:
         if getattr(args, "resume", None):
-            args = resumed(parser, argv, args.resume)
+            args = parse_resumed(parser, argv, args.resume)
         config = config_class(**vars(args))
-        check_bounds(config)
-        config.check()
+        config.validate()
     except ValueError as error:
         parser.error(str(error))
     return config
 
 
-def resumed(
+def parse_resumed(
     parser: argparse.ArgumentParser, argv: list[str] | None, folder: str
 ) -> argparse.Namespace:
-    """The flags that a run was begun with. Raises ValueError for a folder that holds none, for a
-    run of another script, and for flags beside --resume that say otherwise."""
-    path, own = Path(folder) / "config.json", vars(parser.parse_args([]))
+    """The settings that the run in a folder was begun with, and those few that may change.
+
+    Raises ValueError for a folder without settings, for a run of another script or of an earlier
+    version of this code, and for a flag beside --resume that contradicts the run's own.
+    """
+    path = Path(folder) / "config.json"
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        begun_with = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(begun_with, dict):
+            raise ValueError(f"{path} holds no settings")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--resume {folder} is no run that can go on: {error}") from None
-    if not isinstance(before, dict) or before.keys() != own.keys():
-        raise ValueError(f"{path} has other settings than this script takes: use the one it is of")
-    before |= {"resume": folder, "out": folder}
-    now = parser.parse_args(argv, argparse.Namespace(**before))
-    for name, value in vars(now).items():
-        if value != before[name] and name not in FREE:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {value}, but {folder} was run with {before[name]}")
-    return now
+        raise ValueError(f"--resume {folder} is no run that can be resumed: {error}") from None
+    known = vars(parser.parse_args([]))
+    differing = sorted(begun_with.keys() ^ known.keys())
+    if differing:
+        raise ValueError(
+            f"--resume {folder} has other settings than this script ({', '.join(differing)}): "
+            "another script or an earlier version of this code began it; resume it with that "
+            "script, from the commit that began it"
+        )
+    begun_with |= {"resume": folder, "out": folder}
+    args = parser.parse_args(argv, argparse.Namespace(**begun_with))
+    for name, value in vars(args).items():
+        if value != begun_with[name] and name not in MAY_CHANGE_ON_RESUME:
+            raise ValueError(
+                f"{flag_name(name)} is {value}, but {folder} was run with {begun_with[name]}: "
+                "leave it out, or begin another run"
+            )
+    return args
 
 
-def check_bounds(config) -> None:
-    """Raise ValueError, naming the flag, for a value that is out of its bounds, and for a device
-    that cannot be used."""
-    for each in fields(config):
-        value, low, high = getattr(config, each.name), each.metadata["low"], each.metadata["high"]
-        if isinstance(value, (int, float)) and not (low <= value <= high and value < math.inf):
-            bound = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            flag = each.name.replace("_", "-")
-            raise ValueError(f"--{flag} is {value}: it must be {bound}")
+def read_config(config_class: type, path: Path):
+    """The config of a run of before, from its config.json.
+
+    A setting that the class no longer has is ignored; one that the run did not know yet has its
+    default. Raises OSError or ValueError for a file that cannot be read.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    known = {each.name for each in fields(config_class)}
+    return config_class(**{name: value for name, value in settings.items() if name in known})
+
+
+# ------------------------------------------------------------------------- checks for a `validate`
+def check_range(config, at_least: float, at_most: float, *names: str) -> None:
+    """Raise ValueError if one of these settings lies outside [at_least, at_most].
+
+    Infinity and nan are refused whatever the range; None, for "not given", is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is None or (at_least <= value <= at_most and value < math.inf):
+            continue
+        allowed = f"at least {at_least:g}"
+        if at_most < math.inf:
+            allowed += f" and at most {at_most:g}"
+        raise ValueError(f"{flag_name(name)} is {value}: it must be {allowed}")
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that torch cannot use."""
     try:
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:80]
-        raise ValueError(f"--device {config.device} cannot be used: {reason}") from None
+        raise ValueError(f"--device {device} cannot be used: {reason}") from None
 
 
 # -------------------------------------------------------------------------- the flags of training
-# may differ on --resume: they only save memory
-FREE = ("micro_tokens", "play_batch", "gradient_checkpointing")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def paper_settings(env: str, critic: bool) -> dict:
-    """The paper's training settings (its appendix) where they are not the defaults below, by world
-    and whether PPO is among the arms; FrozenLake's for a world that it does not have. The worlds
-    stay ours, with their turns and penalties."""
+    """The paper's training settings (its appendix) where they differ from the defaults below.
+
+    They depend on the world and on whether PPO is among the arms. A world that the paper does not
+    have gets FrozenLake's. The worlds stay ours, with their own turns and penalties.
+    """
     settings = {
         "iterations": 200, "group_size": 16, "minibatch": 32, "lr": 1e-6, "eval_every": 10,
         "eval_episodes": 512, "eval_group_size": 16, "max_turn_tokens": 400, "max_tokens": 3600,
@@ -128,129 +197,220 @@ def paper_settings(env: str, critic: bool) -> dict:
 
 @dataclass
 class Config:
-    """Every flag. Clip, entropy bonus, KL and the temperature of evaluations are the paper's; the
-    rest suits the built-in model."""
+    """The settings that every trainer has.
 
-    env: str = option("frozenlake", f"of {', '.join(ENVIRONMENTS)}")
-    model: str | None = option(None, "chat model to train, not the built-in: folder, id", kind=str)
-    thoughts: int | None = option(
-        None, "of a start with another number of free sentences", 0, 30, kind=int
-    )
-    preset: str | None = option(None, '"paper": its training settings for the world', kind=str)
-    iterations: int = option(10, "rounds of playing and updating", 1)
-    prompts: int = option(8, "prompts an iteration", 1)
-    group_size: int = option(8, "rollouts of each prompt", 1)
-    minibatch: int = option(16, "rollouts an optimizer step", 1)
-    micro_tokens: int = option(8192, "tokens a forward pass, padding included", 1)
-    gradient_checkpointing: bool = option(
-        False, "compute activations again in the backward pass: less memory, more time"
-    )
-    lr: float | None = option(
-        None, "learning rate; 3e-4 if built in (shop 1e-4), else 1e-6", 0, 10, kind=float
-    )
-    temperature: float = option(1.0, "sampling temperature of training rollouts", 0.01)
-    clip_low: float = option(0.2, "the ratio is clipped at 1 - this", 0, 1)
-    clip_high: float = option(0.28, "the ratio is clipped at 1 + this", 0)
-    entropy_coef: float = option(0.001, "entropy bonus", 0)
-    kl_coef: float = option(0.0, "penalty on the KL divergence from the reference; 0: off", 0)
-    keep_groups: float = option(1.0, "share of groups trained on, by reward variance", 0.01, 1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", 1e-6)
-    play_batch: int = option(256, "rollouts played at once", 1)
-    max_turn_tokens: int = option(160, "a turn is cut after this many tokens", 1)
-    max_tokens: int = option(4096, "an episode is cut after this many tokens, prompt included", 1)
-    eval_every: int = option(5, "iterations between evaluations", 1)
-    eval_episodes: int | None = option(
-        None, "episodes an evaluation; 128 if built in, else 32", 1, kind=int
-    )
-    eval_group_size: int = option(
-        1, "of them with the same prompt (the paper has 512, in groups of 16)", 1
-    )
-    eval_temperature: float = option(0.5, "sampling temperature of evaluations", 0.01)
-    seed: int = option(0, "of the prompts and of sampling", 0, 10**9)
-    device: str = option(DEVICE, "torch device")
-    bfloat16: bool = option(False, "compute in bfloat16 on a CPU, too: faster where it has AVX-512")
-    out: str | None = option(None, "results folder; else a new one in runs/", kind=str)
-    save: bool = option(False, "also save the trained policies as folders that transformers opens")
-    checkpoint_every: int = option(5, "iterations between checkpoints; 0: none", 0)
-    resume: str | None = option(None, "folder of a run to go on with; its flags count", kind=str)
-    with_critic = False  # PPO has one, which train_ppo.py trains
+    The clip range, the entropy bonus, the KL penalty and the temperature of evaluations are the
+    paper's; the other defaults suit the built-in model.
+    """
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot run."""
-        make_env(self.env)
+    env: str = flag("frozenlake", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
+    model: str | None = flag(
+        None,
+        "The chat model to train, as a folder or a Hugging Face id. Without this flag it is the "
+        "small built-in model of the world.",
+    )
+    thoughts: int | None = flag(
+        None,
+        "How many filler sentences each demonstrated thought of the built-in model contains; other "
+        "values than the default need a new warm start, which is made and cached.",
+    )
+    preset: str | None = flag(
+        None,
+        'The only preset is "paper": it sets the paper\'s training settings for the world. Flags '
+        "that you give beside it still count.",
+    )
+    iterations: int = flag(10, "How many times the policy plays and is then updated.")
+    prompts: int = flag(8, "How many prompts each iteration plays.")
+    group_size: int = flag(8, "How many rollouts of each prompt are played: they form a group.")
+    minibatch: int = flag(16, "How many rollouts each optimizer step learns from.")
+    micro_tokens: int = flag(
+        8192,
+        "How many tokens one forward pass may hold, padding included. Fewer need less memory; the "
+        "result stays the same up to rounding.",
+    )
+    gradient_checkpointing: bool = flag(
+        False,
+        "Compute the activations again in the backward pass instead of keeping them. That takes "
+        "less memory and more time.",
+    )
+    lr: float | None = flag(
+        None,
+        "The learning rate. Without this flag it is 3e-4 for a built-in model (1e-4 in the shop) "
+        "and 1e-6 with --model.",
+    )
+    temperature: float = flag(1.0, "The temperature at which training rollouts are sampled.")
+    clip_low: float = flag(
+        0.2, "The ratio of new to old probability of a token is clipped below at 1 minus this."
+    )
+    clip_high: float = flag(0.28, "The same ratio is clipped above at 1 plus this.")
+    entropy_coef: float = flag(0.001, "The coefficient of the entropy bonus in the loss.")
+    kl_coef: float = flag(
+        0.0,
+        "The coefficient of the penalty on the KL divergence from the reference. With 0 there is "
+        "no penalty.",
+    )
+    keep_groups: float = flag(
+        1.0,
+        "The share of each iteration's groups to train on. Those whose rewards vary most are kept.",
+    )
+    max_grad_norm: float = flag(1.0, "A gradient with a larger norm is scaled down to this norm.")
+    play_batch: int = flag(
+        256, "How many rollouts are played at the same time. Fewer need less memory."
+    )
+    max_turn_tokens: int = flag(160, "A turn is cut off after this many tokens.")
+    max_tokens: int = flag(4096, "An episode ends after this many tokens, its prompt included.")
+    eval_every: int = flag(5, "The policy is evaluated each time after this many iterations.")
+    eval_episodes: int | None = flag(
+        None,
+        "How many episodes each evaluation plays. Without this flag it is 128 for a built-in model "
+        "and 32 with --model.",
+    )
+    eval_group_size: int = flag(
+        1,
+        "How many of these episodes share a prompt. The paper evaluates 512 episodes, 16 of each "
+        "prompt.",
+    )
+    eval_temperature: float = flag(0.5, "The temperature at which evaluations are sampled.")
+    seed: int = flag(0, "The seed of the training prompts and of sampling.")
+    device: str = flag(DEVICE, "The torch device to train on.")
+    bfloat16: bool = flag(
+        False,
+        "Compute in bfloat16 on a CPU as well. It is faster on a processor with AVX-512; a GPU "
+        "does so anyway.",
+    )
+    out: str | None = flag(
+        None, "The folder for the results. Without this flag it is a new folder in runs/."
+    )
+    save: bool = flag(
+        False, "Also save each trained policy, as a folder that transformers can load."
+    )
+    checkpoint_every: int = flag(
+        5, "How many iterations lie between checkpoints. With 0 there are none to resume from."
+    )
+    resume: str | None = flag(
+        None,
+        "The folder of an interrupted run to resume. Its settings apply; of the other flags only "
+        "--micro-tokens, --play-batch and --gradient-checkpointing may differ.",
+    )
+    with_critic = False  # no field: a class of settings whose trainer has a critic says True
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that cannot run; it names the flag, its value and a fix."""
+        check_range(self, 1, math.inf, "iterations", "prompts", "group_size", "minibatch")
+        check_range(self, 1, math.inf, "micro_tokens", "play_batch", "max_turn_tokens")
+        check_range(self, 1, math.inf, "max_tokens", "eval_every", "eval_episodes")
+        check_range(self, 1, math.inf, "eval_group_size")
+        check_range(self, 0, math.inf, "clip_high", "entropy_coef", "kl_coef", "checkpoint_every")
+        check_range(self, 0, 1, "clip_low")
+        check_range(self, 0, 10, "lr")
+        check_range(self, 0, 30, "thoughts")
+        check_range(self, 0, 10**9, "seed")
+        check_range(self, 0.01, 1, "keep_groups")
+        check_range(self, 0.01, math.inf, "temperature", "eval_temperature")
+        check_range(self, 1e-6, math.inf, "max_grad_norm")
+        check_device(self.device)
+        make_env(self.env)  # raises ValueError for a world that there is not
         if self.preset not in (None, "paper"):
             raise ValueError(f"--preset is {self.preset}: there is only paper")
         if self.group_size == 1 and not self.with_critic:
-            raise ValueError("--group-size is 1: GRPO compares rollouts of a prompt, at least 2")
-        if self.evaluated() % self.eval_group_size:
             raise ValueError(
-                f"--eval-episodes {self.evaluated()} do not split into groups of "
-                f"--eval-group-size {self.eval_group_size}"
+                "--group-size is 1: GRPO compares the rollouts of a prompt and needs at least 2"
+            )
+        if self.evaluation_episodes() % self.eval_group_size:
+            raise ValueError(
+                f"--eval-episodes is {self.evaluation_episodes()}: it must be a multiple of "
+                f"--eval-group-size, which is {self.eval_group_size}"
             )
         if self.model and self.thoughts is not None:
-            raise ValueError("--thoughts is of the built-in model: leave it out with --model")
+            raise ValueError(
+                f"--thoughts is {self.thoughts}: it shapes the built-in model, so leave it out "
+                "with --model"
+            )
         if self.out and not self.resume and appended_files(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
 
-    def evaluated(self) -> int:
-        """Episodes of an evaluation; a built-in model is quick to evaluate."""
-        return self.eval_episodes or (32 if self.model else 128)
+    def evaluation_episodes(self) -> int:
+        """How many episodes an evaluation plays; a built-in model is quick to evaluate."""
+        if self.eval_episodes is not None:
+            return self.eval_episodes
+        return 32 if self.model else 128
 
     def resolve(self) -> None:
-        """Fill in what was not given; a built-in model learns fast."""
+        """Fill in what was not given and depends on other settings."""
         if self.lr is None:
-            built_in = 1e-4 if self.env == "shop" else 3e-4  # 3e-4 was not steady in the shop
+            # a built-in model learns fast; 3e-4 was not steady in the shop
+            built_in = 1e-4 if self.env == "shop" else 3e-4
             self.lr = 1e-6 if self.model else built_in
-        self.eval_episodes = self.evaluated()
+        self.eval_episodes = self.evaluation_episodes()
         if self.out is None:
             self.out = new_folder(f"{self.env}-seed{self.seed}")
 
 
 def new_folder(what: str) -> str:
-    """Where results go without --out; two processes of the same second get two folders."""
+    """A name for the results of a run without --out.
+
+    It has the time and the process in it, so that two runs that begin within the same second get
+    two folders.
+    """
     return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{what}-{os.getpid()}"
 
 
 @dataclass
 class ActFocusConfig(Config):
-    arms: str = option("grpo,actfocus", f"arms to train in turn, of {', '.join(ARMS)}")
-    alpha: float | None = option(
-        None,
-        "weight of reasoning tokens (actfocus: 0.1); 1 with --beta 0 is GRPO",
-        0,
-        1,
-        kind=float,
-    )
-    beta: float | None = option(
-        None, "how much more an uncertain action token weighs (actfocus: 0.5)", 0, kind=float
-    )
-    signal: str | None = option(None, f"of uncertainty: {', '.join(SIGNALS)}", kind=str)
-    no_baseline: bool = option(False, "leave the first arm out")
+    """The settings of a trainer that weighs tokens, in one arm or in several."""
 
-    def check(self) -> None:
-        super().check()
+    arms: str = flag(
+        "grpo,actfocus",
+        f"The arms to train, one after the other and separated by commas: {', '.join(ARMS)}.",
+    )
+    alpha: float | None = flag(
+        None,
+        "The weight of a reasoning token, in place of each arm's own (actfocus has 0.1). With "
+        "alpha 1 and beta 0, ActFocus is GRPO.",
+    )
+    beta: float | None = flag(
+        None,
+        "How much more an action token weighs where the reference is uncertain, in place of each "
+        "arm's own (actfocus has 0.5).",
+    )
+    signal: str | None = flag(
+        None,
+        f"How uncertainty is measured, in place of each arm's own: {', '.join(SIGNALS)}.",
+    )
+
+    def validate(self) -> None:
+        """Raise ValueError for settings that cannot run; it names the flag, its value and a fix."""
+        super().validate()
+        check_range(self, 0, 1, "alpha")
+        check_range(self, 0, math.inf, "beta")
         names = self.arms.split(",")
         for name in names:
             if name not in ARMS:
-                raise ValueError(f"--arms: there is no arm {name!r}: choose of {', '.join(ARMS)}")
+                raise ValueError(
+                    f"--arms is {self.arms}: there is no arm {name!r}; choose among "
+                    f"{', '.join(ARMS)}"
+                )
             if ARMS[name].critic and not self.with_critic:
-                raise ValueError(f"--arms: {name} has a critic, which train_ppo.py trains")
+                raise ValueError(
+                    f"--arms is {self.arms}: {name} has a critic, so train it with train_ppo.py"
+                )
             if self.group_size == 1 and not ARMS[name].critic:
-                raise ValueError(f"--group-size is 1: --arms {name} compares rollouts, at least 2")
+                raise ValueError(
+                    f"--group-size is 1: the arm {name} compares the rollouts of a prompt and "
+                    "needs at least 2"
+                )
         if len(set(names)) < len(names):
-            raise ValueError(f"--arms {self.arms} names an arm twice: name each once")
-        if self.no_baseline and len(names) == 1:
-            raise ValueError(f"--no-baseline leaves nothing of --arms {self.arms}: leave it out")
+            raise ValueError(f"--arms is {self.arms}: it names an arm twice; name each once")
         if self.signal not in (None, *SIGNALS):
             raise ValueError(f"--signal is {self.signal}: choose one of {', '.join(SIGNALS)}")
 
-    def chosen(self) -> dict[str, Arm]:
-        """The arms to train. --alpha, --beta and --signal stand in for those of every arm but the
-        uniform ones."""
+    def chosen_arms(self) -> dict[str, Arm]:
+        """The arms to train, by name.
+
+        --alpha, --beta and --signal replace those of every arm, except for an arm that weighs all
+        tokens alike.
+        """
         given = {"alpha": self.alpha, "beta": self.beta, "signal": self.signal}
         given = {name: value for name, value in given.items() if value is not None}
-        names = self.arms.split(",")
-        if self.no_baseline:
-            del names[0]
-        arms = {name: ARMS[name] for name in names}
+        arms = {name: ARMS[name] for name in self.arms.split(",")}
         return {name: arm if arm.uniform else replace(arm, **given) for name, arm in arms.items()}

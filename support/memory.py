@@ -1,114 +1,132 @@
-"""What a run needs of a device's memory, by part, before anything large is allocated.
+"""How much memory a training run needs, estimated before anything large is allocated.
 
-    parts = estimate(transformers.AutoConfig.from_pretrained(MODEL), "cuda", ...)
-    print(describe(parts, there=80e9))
+    python -m support.memory --model FOLDER [training flags]    # will it fit?
 
-Two moments count. While updating there are weights, gradients, Adam's two moments, the reference,
-the activations of a micro-batch and the loss; while playing, the key-value cache instead of
-gradients, activations and loss. What a layer keeps for its backward pass is not guessed by a
-formula: one of the same shape is run on a few tokens, and what autograd saves is counted.
+A run needs most memory at one of two moments. While it updates, there are the weights, gradients,
+Adam's two moments, the reference, the activations of a micro-batch, and the loss. While it plays,
+the key-value cache takes the place of gradients, activations and loss.
+
+The activations that a layer keeps for its backward pass are not guessed by a formula. A layer of
+the same shape is run on a few tokens, and what autograd saves is counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 import transformers
 
 from arms import Arm
 from energy import CHUNK_ELEMENTS
+from support.config import ActFocusConfig, Config, parse
 from support.logs import LARGE
+from support.warm_start import start_folder
 
-Parts = dict[str, dict[str, float]]  # bytes by moment and part
-SPARE = {
+Estimate = dict[str, dict[str, float]]  # bytes, by moment and by what takes them
+WHAT_SAVES_MEMORY = {  # by moment
     "updating": "lower --micro-tokens or add --gradient-checkpointing",
     "playing": "lower --play-batch",
 }
-ADVICE = "; ".join(SPARE.values())
+TRAINING_ADVICE = "; ".join(WHAT_SAVES_MEMORY.values())
 
 
-def told(run: Callable) -> Callable:
-    """run(config, ...), ended by a sentence that says which flags to turn if memory runs out."""
+@contextlib.contextmanager
+def explain_out_of_memory(device: str, advice: str = TRAINING_ADVICE) -> Iterator[None]:
+    """End the process with a sentence of advice, and no traceback, if memory runs out.
 
-    @functools.wraps(run)
-    def wrapped(config, *args, **options):
-        try:
-            return run(config, *args, **options)
-        except RuntimeError as error:  # a processor's is no OutOfMemoryError
-            full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            if not full:
-                raise
-            trains = hasattr(config, "gradient_checkpointing")
-            flags = ADVICE if trains else "lower --micro-tokens or --play-batch"  # of a diagnosis
-            raise SystemExit(f"out of memory on {config.device}: {flags}") from None
+        with explain_out_of_memory(config.device):
+            train(config)
 
-    return wrapped
-
-
-def announce(model: str, config, arms: Iterable[Arm]) -> None:
-    """Print what a run of train_grpo.py will need. model: folder or hub id; config: the flags."""
+    Any other error passes through.
+    """
     try:
-        parts = estimate(
-            transformers.AutoConfig.from_pretrained(model, trust_remote_code=False),
-            config.device,
-            bfloat16=config.bfloat16,
-            reference=any(arm.beta for arm in arms) or config.kl_coef > 0,
-            critic=any(arm.critic for arm in arms),
-            recompute=config.gradient_checkpointing,
-            micro_tokens=config.micro_tokens,
-            rollouts=min(
-                config.play_batch, max(config.prompts * config.group_size, config.eval_episodes)
-            ),
-            max_tokens=config.max_tokens,
-        )
-        print(describe(parts, available(config.device)))
-    except Exception as error:  # of a model of an odd shape, which may well train
-        print(f"note: the memory that this takes cannot be estimated: {error}")
+        yield
+    except RuntimeError as error:
+        on_cuda = isinstance(error, torch.OutOfMemoryError)
+        elsewhere = "allocate memory" in str(error) or "out of memory" in str(error)
+        if not (on_cuda or elsewhere):
+            raise
+        raise SystemExit(f"out of memory on {device}: {advice}") from None
+
+
+def print_estimate(model: str | Path, config: Config, arms: Iterable[Arm]) -> None:
+    """Print what a run will need, and advice if the device has less.
+
+    model: a folder or a Hugging Face id, of which only the config is read. config: the settings,
+    after `resolve`. Never raises: a model of an unusual shape may train although it cannot be
+    estimated, so a note is printed instead.
+    """
+    try:
+        needed = estimate_run(model, config, list(arms))
+        print(describe(needed, available(config.device)))
+    except Exception as error:
+        print(f"note: the memory that this run needs cannot be estimated: {error}")
+
+
+def estimate_run(model: str | Path, config: Config, arms: list[Arm]) -> Estimate:
+    """The estimate for the settings of a training run; arguments as in `print_estimate`."""
+    at_once = max(config.prompts * config.group_size, config.eval_episodes)
+    return estimate(
+        transformers.AutoConfig.from_pretrained(model, trust_remote_code=False),
+        config.device,
+        bfloat16=config.bfloat16,
+        reference=any(arm.beta for arm in arms) or config.kl_coef > 0,
+        critic=any(arm.critic for arm in arms),
+        recompute=config.gradient_checkpointing,
+        micro_tokens=config.micro_tokens,
+        rollouts=min(config.play_batch, at_once),
+        max_tokens=config.max_tokens,
+    )
 
 
 def estimate(
     shape: transformers.PretrainedConfig, device: str, *,
     bfloat16: bool, reference: bool, critic: bool, recompute: bool,
     micro_tokens: int, rollouts: int, max_tokens: int,
-) -> Parts:  # fmt: skip
-    """Bytes by part, while updating and while playing.
+) -> Estimate:  # fmt: skip
+    """The bytes that each part of a run takes while it updates and while it plays.
 
-    shape: of the model. bfloat16: what it computes in (on CUDA it always does). reference, critic:
-    is there one? recompute: gradient checkpointing. rollouts: as many play at once, to at most
-    max_tokens each: the cache is what it can become.
+    shape: the config of the model. bfloat16: does it compute in bfloat16? (On CUDA it always does.)
+    reference, critic: is there one? recompute: is gradient checkpointing on? rollouts: how many are
+    played at once. max_tokens: how long each of them may become; the cache is estimated for
+    rollouts that all become that long.
     """
     on_cpu = torch.device(device).type == "cpu"
     bfloat16 = bfloat16 or torch.device(device).type == "cuda"
-    size = 2 if bfloat16 else 4  # bytes of a number that is computed with
+    size = 2 if bfloat16 else 4  # bytes of a number in the computation
     network = empty_model(shape)
     parameters = sum(p.numel() for p in network.parameters())
     vocabulary, width = network.get_output_embeddings().weight.shape
     layers, heads = shape.num_hidden_layers, shape.num_attention_heads
     head_width = getattr(shape, "head_dim", None) or width // heads
     heads = getattr(shape, "num_key_value_heads", None) or heads
-    start = 4 * sum(p.numel() for p in network.state_dict().values())
+    initial_weights = 4 * sum(tensor.numel() for tensor in network.state_dict().values())
     always = {
         "weights": 4 * parameters,
         "Adam": 8 * parameters,
         "reference": size * parameters if reference else 0,
         "critic": 16 * parameters if critic else 0,  # weights, gradients, Adam
-        "start": start if on_cpu else 0,  # else in the host's
+        # each arm begins from them; they are kept in the memory of the machine, not of a GPU
+        "initial weights": initial_weights if on_cpu else 0,
         "bfloat16 copy": 2 * parameters if bfloat16 else 0,
     }
     layer = saved_by_layer(shape, bfloat16)
-    # recomputed: of each layer what goes in, and of one all
-    by_token = (4 * layers * width + layer) if recompute else layers * layer
-    by_token += layer  # the gradients that pass through one
-    kept = 2 if parameters <= LARGE else 0  # successive gradients, to compare them
-    head = vocabulary * width * (2.5 if bfloat16 and on_cpu else 1)  # and rounded copies of it
+    kept_by_token = layers * layer
+    if recompute:  # the input of every layer is kept, and all of the one that is recomputed
+        kept_by_token = 4 * layers * width + layer
+    kept_by_token += layer  # the gradients that pass through one layer
+    compared = 2 if parameters <= LARGE else 0  # copies of gradients, for `gradient_agreement`
+    head = vocabulary * width * (2.5 if bfloat16 and on_cpu else 1)  # with its rounded copies
     chunk = min(CHUNK_ELEMENTS * (2 if on_cpu else 8), micro_tokens * vocabulary)
     updating = {
-        "gradients": 4 * (1 + kept) * parameters,
-        "activations": by_token * max(micro_tokens, max_tokens),  # a batch has one row at least
+        "gradients": 4 * (1 + compared) * parameters,
+        # a micro-batch holds at least one whole rollout
+        "activations": kept_by_token * max(micro_tokens, max_tokens),
         "loss": 4 * (2 * chunk + head),  # logits, and a gradient of the head
     }
     playing = {
@@ -119,67 +137,112 @@ def estimate(
 
 
 def empty_model(shape: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
-    """The model without its numbers."""
+    """A model of this shape on the meta device: shapes of weights, and no memory for them."""
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(shape)
 
 
 def saved_by_layer(shape: transformers.PretrainedConfig, bfloat16: bool) -> float:
-    """Bytes that one layer keeps of each token for its backward pass, measured."""
+    """The bytes that one layer keeps of each token for its backward pass, as measured."""
     return saved_by_token(shape, 2, bfloat16) - saved_by_token(shape, 1, bfloat16)
 
 
 def saved_by_token(shape: transformers.PretrainedConfig, layers: int, bfloat16: bool) -> float:
-    """Bytes that a model of so many layers, and next to no vocabulary, keeps of each token."""
+    """The bytes that a trunk of so many layers keeps of each token for its backward pass.
+
+    Its vocabulary is made tiny, so that only the layers count.
+    """
     shape = copy.deepcopy(shape)
     shape.num_hidden_layers, shape.vocab_size, shape.pad_token_id = layers, 8, None
     if kinds := getattr(shape, "layer_types", None):
         shape.layer_types = kinds[:layers]
     trunk = empty_model(shape).base_model.to_empty(device="cpu").train()
-    own = {p.untyped_storage()._cdata for p in trunk.parameters()}
+    weights = {p.untyped_storage()._cdata for p in trunk.parameters()}  # no activations
 
-    def saved(tokens: int) -> int:
-        found = {}
+    def saved_bytes(tokens: int) -> int:
+        storages = {}  # by identity: several saved tensors may share one
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                found[storage._cdata] = storage
+            if storage._cdata not in weights:
+                storages[storage._cdata] = storage
             return tensor
 
-        watch = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        watch = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with watch, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             trunk(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
-        return sum(storage.nbytes() for storage in found.values())
+        return sum(storage.nbytes() for storage in storages.values())
 
-    return (saved(64) - saved(32)) / 32  # without what does not grow with the tokens
+    return (saved_bytes(64) - saved_bytes(32)) / 32  # the part that grows with the tokens
 
 
-def available(device: str) -> int:
-    """Bytes of memory of a device; for a processor, of the machine."""
+def available(device: str) -> int | None:
+    """The bytes of memory that a device has; None if the system does not say.
+
+    A GPU's are its own; a processor's, and those of Apple's GPU, are the machine's.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others lack a name
+        return None
 
 
-def describe(parts: Parts, there: float) -> str:
-    """A line a moment, and one of advice if a moment needs more than there is.
+def moments_too_large(needed: Estimate, there: float | None) -> list[str]:
+    """The moments at which a run needs more than the bytes that are there; [] if unknown."""
+    if there is None:
+        return []
+    return [moment for moment, sizes in needed.items() if sum(sizes.values()) > there]
+
+
+def describe(needed: Estimate, there: float | None) -> str:
+    """One line for each moment, and one of advice if a moment needs more bytes than are there.
 
     >>> print(describe({"updating": {"weights": 3e9, "loss": 1e8}, "playing": {"cache": 9e9}}, 8e9))
     memory while updating: 3.1 GB (weights 3.0, loss 0.1)
     memory while playing, at most: 9.0 GB (cache 9.0)
     There are 8.0 GB: lower --play-batch.
     """
-    lines, advice = [], []
-    for moment, by_part in parts.items():
-        total = sum(by_part.values())
-        large = {part: size for part, size in by_part.items() if size >= 5e7}
-        shown = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in large.items())
-        bound = ", at most" if moment == "playing" else ""
-        line = f"memory while {moment}{bound}: {total / 1e9:.1f} GB"
-        lines.append(f"{line} ({shown})" if shown else line)
-        if total > there:
-            advice.append(SPARE[moment])
+    lines = []
+    for moment, sizes in needed.items():
+        line = f"memory while {moment}"
+        if moment == "playing":
+            line += ", at most"
+        line += f": {sum(sizes.values()) / 1e9:.1f} GB"
+        large = [f"{name} {size / 1e9:.1f}" for name, size in sizes.items() if size >= 5e7]
+        if large:
+            line += f" ({', '.join(large)})"
+        lines.append(line)
+    advice = [WHAT_SAVES_MEMORY[moment] for moment in moments_too_large(needed, there)]
     if advice:
         lines.append(f"There are {there / 1e9:.1f} GB: {'; '.join(advice)}.")
     return "\n".join(lines)
+
+
+class MemoryConfig(ActFocusConfig):
+    """The settings of a run whose memory is estimated. Arms with a critic may be among them."""
+
+    with_critic = True
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer "will it fit?" without loading the model. Exit code 1: it will not."""
+    config = parse(MemoryConfig, "Estimates the memory of a training run. Will it fit?", argv)
+    config.resolve()
+    try:
+        folder = config.model or start_folder(config.env, thoughts=config.thoughts)
+        needed = estimate_run(folder, config, list(config.chosen_arms().values()))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"the memory of this run cannot be estimated: {error}") from None
+    there = available(config.device)
+    print(describe(needed, there))
+    if there is None:
+        raise SystemExit(f"How much memory {config.device} has is unknown.")
+    if moments_too_large(needed, there):
+        raise SystemExit("It will not fit.")
+    print(f"It will fit: there are {there / 1e9:.1f} GB.")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,10 @@ from __future__ import annotations
 import functools
 import html
 import json
+import math
+import os
 import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -464,3 +467,126 @@ def add_scale(figure: Figure, shrink: float) -> None:
         shrink=shrink,
         aspect=30,
     )
+
+
+# --------------------------------------------------------------- tokens in colour, for the terminal
+TERMINAL_WIDTH = 80
+TERMINAL_COLORS = {"FORMAT": "\x1b[32m", "REASONING": "\x1b[34m", "ACTION": "\x1b[1;31m"}
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens of one class."""
+
+    label: Segment
+    tokens: list[Piece]
+
+
+def first_turn(transcript: list[Piece]) -> tuple[str, list[Piece], str]:
+    """The prompt, the tokens of the first turn, and what the model was shown after it ("" if the
+    episode ended). transcript: of `pieces`, which begins with a prompt."""
+    prompt, *rest = transcript
+    stop = 0
+    while stop < len(rest) and rest[stop].position is not None:
+        stop += 1
+    answer = rest[stop].text if stop < len(rest) else ""
+    return prompt.text, rest[:stop], answer
+
+
+def split_by_class(tokens: list[Piece], labels: Tensor) -> list[Run]:
+    """Cut a turn wherever the class of its tokens changes. labels: (T,), of the whole episode.
+
+    >>> turn = [Piece("<think>", 2), Piece("Go", 3), Piece(" up", 4), Piece("</think>", 5)]
+    >>> for run in split_by_class(turn, Tensor([0, 0, 1, 2, 2, 1])):
+    ...     print(run.label.name, [piece.text for piece in run.tokens])
+    FORMAT ['<think>']
+    REASONING ['Go', ' up']
+    FORMAT ['</think>']
+    """
+    runs: list[Run] = []
+    for piece in tokens:
+        label = Segment(int(labels[piece.position]))
+        if not runs or runs[-1].label != label:
+            runs.append(Run(label, []))
+        runs[-1].tokens.append(piece)
+    return runs
+
+
+def encodable(text: str) -> str:
+    """The text with every character that standard output cannot write as an escape."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
+
+
+def on_one_line(tokens: list[Piece]) -> str:
+    """The text of tokens with each line end written as a backslash and an n."""
+    return encodable("".join(piece.text for piece in tokens)).replace("\n", "\\n")
+
+
+def in_color(text: str, label: Segment) -> str:
+    """The text in the colour of a class, or as it is where standard output is no terminal, or where
+    the environment variable NO_COLOR is set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"{TERMINAL_COLORS[label.name]}{text}\x1b[0m"
+
+
+def print_tokens(tokens: list[Piece], labels: Tensor) -> None:
+    """Print every token of a turn, with a vertical bar between two of them: for each run of one
+    class a paragraph, with the class and the number of tokens before it. labels: (T,)."""
+    for run in split_by_class(tokens, labels):
+        margin = f"{run.label.name.lower():9}{len(run.tokens):4}  "
+        line = ""
+        for piece in run.tokens:
+            text = on_one_line([piece]) + ("" if piece is run.tokens[-1] else "|")
+            if line and len(margin) + len(line) + len(text) > TERMINAL_WIDTH:
+                print(margin + in_color(line, run.label))
+                margin, line = " " * len(margin), ""
+            line += text
+        print(margin + in_color(line, run.label))
+
+
+def print_token_table(
+    tokens: list[Piece], labels: Tensor, columns: dict[str, Tensor], *, only_action: bool = False
+) -> None:
+    """Print numbers beside the tokens of a turn: a line for each action token, and a line for each
+    run of other tokens, which shows their means. only_action leaves the other tokens out.
+
+    labels: (T,), of the whole episode. columns: a name and (T,) values each; nan is shown as "-".
+    """
+    widths = {name: max(6, len(name)) + 3 for name in columns}
+    print("class".ljust(9) + "".join(name.rjust(widths[name]) for name in columns) + "   token")
+    for run in split_by_class(tokens, labels):
+        if run.label == Segment.ACTION:
+            lines = [[piece] for piece in run.tokens]
+        elif only_action:
+            lines = []
+        else:
+            lines = [run.tokens]
+        for tokens_of_line in lines:
+            positions = [piece.position for piece in tokens_of_line]
+            line = run.label.name.lower().ljust(9)
+            for name, values in columns.items():
+                mean = values[positions].mean().item()
+                shown = "-" if math.isnan(mean) else f"{mean:.2f}"
+                line += shown.rjust(widths[name])
+            text = on_one_line(tokens_of_line)
+            if len(positions) > 1:
+                text = f"{len(positions)} tokens: {text}"
+            room = max(20, TERMINAL_WIDTH - len(line) - 3)
+            if len(text) > room:
+                text = f"{text[: room - 4]} ..."
+            print(f"{line}   {in_color(text, run.label)}")
+
+
+def print_weight_shares(labels: Tensor, weights: dict[str, Tensor]) -> None:
+    """Print which share of the total weight lies on the tokens of each class, for each way of
+    weighing them. labels, and each of weights: (B, T)."""
+    widths = {name: max(6, len(name)) + 3 for name in weights}
+    print("class      tokens" + "".join(name.rjust(widths[name]) for name in weights))
+    for label in (Segment.FORMAT, Segment.REASONING, Segment.ACTION):
+        tokens = labels == label  # (B, T)
+        line = f"{label.name.lower():9}{int(tokens.sum()):8}"
+        for name, values in weights.items():
+            share = (values[tokens].sum() / values.sum().clamp(min=1e-9)).item()
+            line += f"{share:.1%}".rjust(widths[name])
+        print(line)

@@ -1,14 +1,18 @@
-"""The warm start: how a model that knows nothing, or any checkpoint, learns to play at all.
+"""The warm start: supervised training that teaches a model to play at all, before RL improves it.
 
     python -m support.warm_start --env sokoban                 # makes starts/sokoban anew
     python -m support.warm_start --env sokoban --model FOLDER --out OUT  # teaches a checkpoint
 
-Random weights cannot play, and small pretrained models seldom call a tool as they should. So a
-policy first imitates scripted turns of mediocre skill; the choice of good moves is left to RL.
+A model with random weights cannot play, and a small pretrained model seldom calls a tool as it
+should. RL would have no successes to learn from. So the policy first imitates a scripted player
+that writes every turn in the right form and describes the board correctly, but often picks a bad
+move: choosing good moves is left to RL.
 
-The built-in model of a world is a Qwen2 of 0.4M parameters with a byte-level BPE of its own. It is
-committed (starts/), since rounding makes it another model on another machine; one with other
-settings is made on first use and kept in $ACTFOCUS_CACHE (default ~/.cache/actfocus).
+The *built-in model* of a world is made this way: a Qwen2 of 0.4M parameters, with a byte-level BPE
+tokenizer that is learned from the same demonstrations. The built-in models of all worlds are
+committed to the folder starts/, because rounding would make them slightly different models on
+another machine. One with other settings is made when it is first used, and cached in
+$ACTFOCUS_CACHE, or ~/.cache/actfocus if that is not set.
 """
 
 from __future__ import annotations
@@ -35,21 +39,25 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from energy import token_stats
-from policy import Policy, encoders, load_policy
+from fused_loss import fused_policy_loss
+from policy import Policy, load_policy
 from rollout import rollout
-from segment import Segment, token_bytes
+from segment import Segment
 from worlds import ENVIRONMENTS, make_env
 
 STARTS = Path(__file__).parents[1] / "starts"
-WARM_START_SEEDS = 1_000_000_000  # and on: demonstrated (training draws seeds below)
-EVAL_SEEDS = 2_000_000_000  # and on: evaluated
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's splitting rule, but a digit takes its space along; a cell's name and a tag are one piece.
+# No episode is both demonstrated, trained on and evaluated: training draws seeds below the first of
+# these numbers, demonstrations have seeds from it on, and evaluations from the second on.
+WARM_START_SEEDS = 1_000_000_000
+EVAL_SEEDS = 2_000_000_000
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, start of a message, its end
+# How the tokenizer splits text before it merges bytes: Qwen2's rule, except that a digit takes the
+# space before it along, and that the name of a cell (c4) or a tag is one piece.
 PATTERN = (
     r"</?[a-z_]+>\n?| ?\b[a-z]\d\b|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Qwen2.5's template, without its explanation of what a tool call looks like.
+# Qwen2.5's chat template, without its explanation of what a tool call looks like.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}"
     "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
@@ -59,21 +67,25 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-Episode = tuple[list[str], list[str]]  # what was shown, and the turns that answered it
+Episode = tuple[list[str], list[str]]  # the observations, and the turn that answers each
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What shapes the built-in model of a world, beside the words of its demonstrations."""
+    """The settings of a warm start. Its steps draw first windows of turns, then whole episodes.
+
+    Together with the words of the demonstrations, these settings determine the built-in model:
+    `fingerprint` hashes them all, so a new field or another default orphans the committed starts.
+    """
 
     env: str = "frozenlake"
-    thoughts: int | None = None  # free sentences in a demonstrated thought; None: the world's own
-    skill: float | None = None  # how often a demonstrated act is a best one; None: the world's own
-    episodes: int = 10_000  # demonstrated; the steps draw from these
-    window: int = 2  # turns in a window: short and cheap, they come first
-    window_steps: int = 3000
-    window_batch: int = 8  # and at most half as many episodes, being longer
-    episode_steps: int = 1200  # then whole episodes
+    thoughts: int | None = None  # filler sentences in a demonstrated thought; None: the world's own
+    skill: float | None = None  # how often a demonstrated move is a best one; None: the world's own
+    episodes: int = 10_000  # how many are demonstrated
+    window: int = 2  # turns in a window, which is short and cheap to train on
+    window_steps: int = 3000  # optimizer steps on windows
+    window_batch: int = 8  # windows in a step; of whole episodes, at most half as many
+    episode_steps: int = 1200  # optimizer steps on whole episodes, after those on windows
     lr: float = 3e-3
     hidden: int = 96
     layers: int = 3
@@ -81,50 +93,68 @@ class WarmStart:
     seed: int = 0
 
     def make_env(self):
-        """The world to demonstrate in. Raises ValueError for one that cannot."""
-        env = make_env(self.env, **({} if self.thoughts is None else {"thoughts": self.thoughts}))
+        """The world to demonstrate in. Raises ValueError for a world without a scripted player."""
+        options = {} if self.thoughts is None else {"thoughts": self.thoughts}
+        env = make_env(self.env, **options)
         if not hasattr(env, "demonstrate"):
             raise ValueError(f"{self.env} has no demonstrations to learn from: give --model")
         return env
 
 
+# ------------------------------------------------------------------- where built-in models are kept
 def start_folder(env: str, **settings) -> Path:
-    """The checkpoint folder of a world's built-in model: the committed one if it has these
-    settings (fields of `WarmStart`), else one from the cache, where it is made on first use, moved
-    there whole, and made anew if it was damaged since. Raises ValueError for a world or an option
-    that there is not, and if the committed one is damaged."""
+    """The checkpoint folder of a world's built-in model.
+
+    settings: fields of `WarmStart` that differ from the defaults. The committed model is taken if
+    it has these settings. Otherwise the model is taken from the cache, where it is made on first
+    use, and made anew if it was damaged since. Raises ValueError for a world or an option that does
+    not exist, and if the committed model is damaged.
+    """
     wanted = WarmStart(env, **settings)
-    shape, committed = fingerprint(wanted), STARTS / env
+    wanted_fingerprint = fingerprint(wanted)
+    committed = STARTS / env
     if committed.exists():
-        belongs_to, undamaged = stamp_of(committed)
+        belongs_to, undamaged = read_stamp(committed)
         if not undamaged:
             raise ValueError(f"{committed} is damaged: `git checkout {committed}` brings it back")
-        if belongs_to == shape:
+        if belongs_to == wanted_fingerprint:
             return committed
-    cache = Path(os.environ.get("ACTFOCUS_CACHE", Path.home() / ".cache" / "actfocus")).expanduser()
-    folder = cache / f"{env}-{shape}"
-    if folder.exists() and stamp_of(folder) != (shape, True):
+    folder = cache_folder() / f"{env}-{wanted_fingerprint}"
+    if folder.exists() and read_stamp(folder) != (wanted_fingerprint, True):
         print(f"note: {folder} is damaged and is made anew", file=sys.stderr)
         shutil.rmtree(folder)
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="half-written-", dir=cache) as scratch:
-            done = Path(scratch) / "done"
-            build(wanted).save(done)
-            write_stamp(done, wanted)
-            with contextlib.suppress(OSError):  # another process was faster: its folder is equal
-                os.rename(done, folder)
+        build_in_cache(wanted, folder)
     return folder
 
 
+def cache_folder() -> Path:
+    """$ACTFOCUS_CACHE, or ~/.cache/actfocus if it is not set."""
+    if given := os.environ.get("ACTFOCUS_CACHE"):
+        return Path(given).expanduser()
+    return Path.home() / ".cache" / "actfocus"
+
+
+def build_in_cache(settings: WarmStart, folder: Path) -> None:
+    """Make a model beside its folder and then rename it, so that the folder is always whole."""
+    cache = folder.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="half-written-", dir=cache) as scratch:
+        finished = Path(scratch) / "finished"
+        build(settings).save(finished)
+        write_stamp(finished, settings)
+        with contextlib.suppress(OSError):  # another process was faster; its folder is equal
+            os.rename(finished, folder)
+
+
 def write_stamp(folder: Path, settings: WarmStart) -> None:
-    """start.json: what the model in a folder belongs to, and a checksum of its files."""
+    """Write start.json: the fingerprint of a model's settings, and a checksum of its files."""
     stamp = {"fingerprint": fingerprint(settings), "files": checksum(folder), **asdict(settings)}
     (folder / "start.json").write_text(json.dumps(stamp, indent=2) + "\n")
 
 
-def stamp_of(folder: Path) -> tuple[str, bool]:
-    """What its start.json says that a folder belongs to, and whether all of it is as it was."""
+def read_stamp(folder: Path) -> tuple[str, bool]:
+    """The fingerprint in a folder's start.json, and whether all files are as they were written."""
     try:
         stamp = json.loads((folder / "start.json").read_text())
         return stamp["fingerprint"], stamp["files"] == checksum(folder)
@@ -133,7 +163,7 @@ def stamp_of(folder: Path) -> tuple[str, bool]:
 
 
 def checksum(folder: Path) -> str:
-    """16 hex digits of the SHA-256 over the files of a model and its tokenizer."""
+    """The first 16 hex digits of the SHA-256 over the files of a model and its tokenizer."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja", ".safetensors") and path.name != "start.json":
@@ -142,16 +172,19 @@ def checksum(folder: Path) -> str:
 
 
 def fingerprint(settings: WarmStart) -> str:
-    """16 hex digits that stand for what shapes the model: settings, the tokenizer's rule, the chat
-    template, what a few demonstrations say. Not the source, for a comment may change."""
+    """16 hex digits that change with everything that determines the model.
+
+    These are the settings, the tokenizer's splitting rule, the chat template, the words of the
+    world, and twenty demonstrations. The source code is not among them, since a comment may change.
+    """
     env, rng = settings.make_env(), random.Random(0)
-    shown = [play_demonstration(env, seed, rng, env.skill) for seed in range(20)]
-    parts = [asdict(settings), PATTERN, CHAT_TEMPLATE, env.system, env.tools, env.skill, shown]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    episodes = [play_demonstration(env, seed, rng, env.skill) for seed in range(20)]
+    hashed = [asdict(settings), PATTERN, CHAT_TEMPLATE, env.system, env.tools, env.skill, episodes]
+    return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()[:16]
 
 
 def build(settings: WarmStart, device: str = "cpu") -> Policy:
-    """Learn the tokenizer from demonstrations, make the model from a config, and warm-start it."""
+    """Make a built-in model: learn its tokenizer, give it random weights, and let it imitate."""
     env = settings.make_env()
     episodes = demonstrations(env, settings)
     tokenizer = learn_tokenizer(env, episodes[:300], settings.vocabulary)
@@ -165,22 +198,27 @@ def build(settings: WarmStart, device: str = "cpu") -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = transformers.Qwen2ForCausalLM(config).to(device)
-    policy = Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    policy = Policy(model, tokenizer)
     imitate(policy, env, episodes, settings)
     return policy
 
 
 # ----------------------------------------------------------------------------------- demonstrations
 def play_demonstration(env, seed: int, rng: random.Random, skill: float) -> Episode:
-    """One scripted episode; the last observation, which nothing answers, is left out."""
-    seen, said = [env.reset(seed)], []
+    """One episode of the scripted player, who picks a best move as often as skill says.
+
+    The last observation is left out, because no turn answers it.
+    """
+    observations, turns = [env.reset(seed)], []
     while not env.done:
-        said.append(env.demonstrate(rng, skill))
-        seen.append(env.step(said[-1]).observation)
-    return seen[:-1], said
+        turn = env.demonstrate(rng, skill)
+        turns.append(turn)
+        observations.append(env.step(turn).observation)
+    return observations[:-1], turns
 
 
 def demonstrations(env, settings: WarmStart) -> list[Episode]:
+    """All demonstrated episodes of a warm start."""
     rng = random.Random(settings.seed)
     skill = env.skill if settings.skill is None else settings.skill
     seeds = range(WARM_START_SEEDS, WARM_START_SEEDS + settings.episodes)
@@ -188,30 +226,36 @@ def demonstrations(env, settings: WarmStart) -> list[Episode]:
 
 
 def learn_tokenizer(env, episodes: list[Episode], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from the text that episodes consist of."""
-    blank = Tokenizer(models.BPE())
+    """A byte-level BPE tokenizer of so many tokens, learned from the text of episodes."""
+    bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    blank.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    blank.decoder = decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    bpe.decoder = decoders.ByteLevel()
+    # the instructions stand in every episode, so they are counted once for each
     tools = "\n".join(map(json.dumps, env.tools))
     texts = [env.system, f"{tools}\n<tools>\n</tools>\nsystem\nuser\nassistant\n"] * len(episodes)
-    pairs = [pair for seen, said in episodes for pair in zip(seen, said, strict=True)]
-    texts += [f"{turn}\n<tool_response>\n{shown}\n</tool_response>\n" for shown, turn in pairs]
+    for observations, turns in episodes:
+        for observation, turn in zip(observations, turns, strict=True):
+            texts.append(f"{turn}\n<tool_response>\n{observation}\n</tool_response>\n")
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    blank.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=blank, chat_template=CHAT_TEMPLATE, made_by="actfocus",
+        tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, made_by="actfocus",
         pad_token=SPECIAL[0], extra_special_tokens=[SPECIAL[1]], eos_token=SPECIAL[2],
     )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ supervised training
 def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """ids (T,) of what the model is shown and replies to in turn; a mask (T,) of the replies."""
+    """The token ids of a dialogue, and which of them the model learns to write.
+
+    frames: for each turn, the ids of what the model is shown before it. replies: the ids of each
+    turn. Returns ids (T,) int64 and a mask (T,) bool that is true on the replies.
+    """
     ids, mask = [], []
     for frame, reply in zip(frames, replies, strict=True):
         ids += frame + reply
@@ -219,46 +263,68 @@ def imitation_target(frames: list[list[int]], replies: list[list[int]]) -> tuple
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def imitation_targets(
+    policy: Policy, env, episodes: list[Episode], window: int
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """What to imitate, as in `imitation_target`: windows of so many turns, and whole episodes.
+
+    A window begins with a tool response, without the instructions that only whole episodes have.
+    """
+    windows, whole_episodes = [], []
+    opened_by_template = "<think>\n" if policy.opening else ""  # not for the model to write again
+    for observations, turns in episodes:
+        texts = [turn.removeprefix(opened_by_template) for turn in turns]
+        replies = [policy.encode(text) + [policy.end_of_turn] for text in texts]
+        results = [policy.result(observation) for observation in observations]
+        for first in range(0, len(replies), window):
+            some = slice(first, first + window)
+            windows.append(imitation_target(results[some], replies[some]))
+        prompt = policy.prompt(env.system, env.tools, observations[0])
+        whole_episodes.append(imitation_target([prompt] + results[1:], replies))
+    return windows, whole_episodes
+
+
 def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -> None:
-    """Supervised training on the assistant's tokens, in place: windows of turns, then episodes."""
-    windows, wholes = [], []
-    written = "<think>\n" if policy.opening else ""  # of a turn, by the template
-    for seen, said in episodes:
-        said = [policy.encode(turn.removeprefix(written)) + [policy.end_of_turn] for turn in said]
-        results = [policy.result(observation) for observation in seen]
-        for i in range(0, len(said), settings.window):
-            some = slice(i, i + settings.window)
-            windows.append(imitation_target(results[some], said[some]))
-        opening = policy.prompt(env.system, env.tools, seen[0])
-        wholes.append(imitation_target([opening] + results[1:], said))
+    """Train the policy, in place, to write the demonstrated turns: the mean cross-entropy of their
+    tokens, first in windows of turns and then in whole episodes."""
+    windows, whole_episodes = imitation_targets(policy, env, episodes, settings.window)
     rng = random.Random(settings.seed)
     batches = [rng.sample(windows, settings.window_batch) for _ in range(settings.window_steps)]
-    mean_length = sum(len(ids) for ids, _ in wholes) / len(wholes)
-    few = max(1, min(settings.window_batch // 2, int(3000 / mean_length)))  # some 3000 tokens
-    batches += [rng.sample(wholes, few) for _ in range(settings.episode_steps)]
+    mean_length = sum(len(ids) for ids, _ in whole_episodes) / len(whole_episodes)
+    # some 3000 tokens in a step
+    episode_batch = max(1, min(settings.window_batch // 2, int(3000 / mean_length)))
+    batches += [rng.sample(whole_episodes, episode_batch) for _ in range(settings.episode_steps)]
     model = policy.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, (0.9, 0.98), weight_decay=0.01)
-    steps = max(21, len(batches))  # with 20 and these 5 % OneCycleLR divides by zero
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    steps = max(21, len(batches))  # with 20 steps and a warm-up of 5 %, OneCycleLR divides by zero
     schedule = OneCycleLR(optimizer, settings.lr, total_steps=steps, pct_start=0.05)
     progress = tqdm(batches, desc="warm start", unit="step", dynamic_ncols=True)
     for batch in progress:
-        padded = [pad_sequence(x, batch_first=True) for x in zip(*batch, strict=True)]
-        ids, mask = (x.to(policy.device) for x in padded)  # (B, T) each
-        hidden = policy.hidden(ids)[:, :-1][mask[:, 1:]]  # (N, H): what predicts each reply token
+        ids, mask = (pad_sequence(each, batch_first=True) for each in zip(*batch, strict=True))
+        ids = ids.to(policy.device)  # (B, T)
+        written = mask.to(policy.device)[:, 1:]  # (B, T - 1): is the next token one to imitate?
+        hidden = policy.hidden(ids)[:, :-1][written]  # (N, H): what predicts each of those tokens
+        targets = ids[:, 1:][written]  # (N,)
         with policy.autocast():
-            loss = -token_stats(hidden, policy.head, ids[:, 1:][mask[:, 1:]]).logprob.mean()
+            # The gradient of the mean log-prob is the policy gradient of the model's own log-probs
+            # where every token has the advantage 1 and the weight 1.
+            logprob = token_stats(hidden, policy.head, targets).logprob
+            ones = torch.ones_like(logprob)
+            loss = fused_policy_loss(hidden, policy.head, targets, logprob, ones, ones).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        progress.set_postfix(loss=f"{-logprob.mean().item():.3f}", refresh=False)
     model.eval()
 
 
-# ------------------------------------------------------------------------------------ as a script
+# -------------------------------------------------------------------------------------- as a script
 def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: int = 128) -> str:
-    """How a policy plays the first episodes of evaluation, in a line."""
+    """One line on how a policy plays the first episodes of the evaluation."""
     worlds = [settings.make_env() for _ in range(episodes)]
     seeds = range(EVAL_SEEDS, EVAL_SEEDS + episodes)
     rollouts = rollout(policy, iter(worlds).__next__, seeds, temperature)
@@ -266,11 +332,12 @@ def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: i
     malformed = sum(world.malformed for world in worlds) / turns
     success = rollouts.success.float().mean().item()
     facts = (rollouts.true_facts.sum() / rollouts.facts.sum().clamp(min=1)).item()
-    silent = rollouts.turns_without_facts.sum().item() / turns
+    without_facts = rollouts.turns_without_facts.sum().item() / turns
     action = ((rollouts.labels == Segment.ACTION).sum() / rollouts.response.sum()).item()
     return (
         f"temperature {temperature:g}: success {success:.1%}, {facts:.1%} of the facts true, "
-        f"{silent:.1%} of the turns without, {malformed:.1%} malformed, {action:.1%} action tokens"
+        f"{without_facts:.1%} of the turns without, {malformed:.1%} malformed, "
+        f"{action:.1%} action tokens"
     )
 
 
@@ -288,7 +355,7 @@ machine. `start.json` names what it belongs to. Over the 128 episodes of evaluat
 
 
 def make_start(settings: WarmStart, folder: Path) -> None:
-    """Build the model of a world and write it with what belongs to it."""
+    """Make the built-in model of a world, and write it to a folder with its stamp and a README."""
     policy = build(settings)
     policy.save(folder)
     lines = [f"- {measure(policy, settings, temperature)}" for temperature in (1.0, 0.5)]
@@ -302,43 +369,96 @@ def make_start(settings: WarmStart, folder: Path) -> None:
 
 
 def teach(policy: Policy, settings: WarmStart, folder: Path) -> None:
-    """Warm-start a checkpoint on the demonstrations of a world, and say what it changed."""
+    """Let a pretrained model imitate the demonstrations of a world, and print what that changed."""
     env = settings.make_env()
-    print("playing 32 episodes, before and after: minutes, for a large model", flush=True)
+    print("playing 32 episodes before and after; a large model takes minutes", flush=True)
     print(f"before: {measure(policy, settings, 0.5, episodes=32)}", flush=True)
     imitate(policy, env, demonstrations(env, settings), settings)
     policy.save(folder)
     print(f"after:  {measure(policy, settings, 0.5, episodes=32)}\nwritten to {folder}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this script. One that is not given is absent from what is parsed."""
     about = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(description=about, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--env", choices=list(ENVIRONMENTS), help="world (frozenlake)")
-    parser.add_argument("--model", help="chat model to teach, folder or hub id; else a new one")
-    parser.add_argument("--out", type=Path, help="folder to write; needed with --model")
-    parser.add_argument("--thoughts", type=int, help="free sentences in a thought (the world's)")
-    parser.add_argument("--skill", type=float, help="share of best acts shown (the world's)")
-    parser.add_argument("--seed", type=int, help="another one is another model (0)")
-    parser.add_argument("--episodes", type=int, help="demonstrated (10,000; with --model 1,000)")
-    parser.add_argument("--window-steps", type=int, help="on two turns each (3000; 300)")
-    parser.add_argument("--episode-steps", type=int, help="on whole episodes (1200; 0)")
-    parser.add_argument("--lr", type=float, help="learning rate (3e-3; 1e-4)")
-    parser.add_argument("--device", help="for --model (cpu)")
-    parser.add_argument("--bfloat16", action="store_true", help="compute in it on a CPU, too")
-    given = vars(parser.parse_args(argv))  # only what was given
-    model, out, device, half = (given.pop(x, None) for x in ("model", "out", "device", "bfloat16"))
-    usual = {"episodes": 1000, "window_steps": 300, "window_batch": 4, "episode_steps": 0}
+    parser.add_argument(
+        "--env", choices=list(ENVIRONMENTS), help="The world to learn. (default: frozenlake)"
+    )
+    parser.add_argument(
+        "--model",
+        help="The chat model to teach, as a folder or a Hugging Face id. Without this flag a new "
+        "built-in model is made.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="The folder to write to. It is needed with --model, and with settings other than the "
+        "defaults.",
+    )
+    parser.add_argument(
+        "--thoughts",
+        type=int,
+        help="How many filler sentences each demonstrated thought contains. (default: the world's)",
+    )
+    parser.add_argument(
+        "--skill",
+        type=float,
+        help="How often the demonstrator picks a best move. (default: the world's)",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="Another seed makes another model of the same kind. (default: 0)"
+    )
+    parser.add_argument(
+        "--episodes",
+        type=int,
+        help="How many episodes are demonstrated. (default: 10000; with --model 1000)",
+    )
+    parser.add_argument(
+        "--window-steps",
+        type=int,
+        help="Optimizer steps on windows of two turns. (default: 3000; with --model 300)",
+    )
+    parser.add_argument(
+        "--episode-steps",
+        type=int,
+        help="Optimizer steps on whole episodes, after those. (default: 1200; with --model 0)",
+    )
+    parser.add_argument(
+        "--lr", type=float, help="The learning rate. (default: 3e-3; with --model 1e-4)"
+    )
+    parser.add_argument("--device", help="The torch device to teach --model on. (default: cpu)")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="Teach --model in bfloat16 on a CPU as well."
+    )
+    return parser
+
+
+FOR_A_CHECKPOINT = {  # settings for teaching a pretrained model, which needs less
+    "lr": 1e-4, "episodes": 1000, "window_steps": 300, "window_batch": 4, "episode_steps": 0,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))  # the flags that were given
+    model = given.pop("model", None)
+    out = given.pop("out", None)
+    device = given.pop("device", "cpu")
+    bfloat16 = given.pop("bfloat16", False)
+    usual = FOR_A_CHECKPOINT if model else {}
     try:
-        settings = WarmStart(**({"lr": 1e-4, **usual} if model else {}) | given)
-        settings.make_env()
-        least = settings.window_batch  # windows; an episode has one at least
+        settings = WarmStart(**usual | given)
+        settings.make_env()  # raises ValueError for a world that cannot be demonstrated
+        least = settings.window_batch  # windows; an episode has at least one
         if settings.window_steps + settings.episode_steps < 1 or settings.episodes < least:
             raise ValueError(f"there must be a step, and at least {least} --episodes for it")
         if not out and (model or settings != WarmStart(settings.env)):
-            raise ValueError("--model or another setting needs --out: no other is written over")
-        policy = load_policy(model, device or "cpu", bool(half)) if model else None
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # no such device
+            raise ValueError(
+                "--model or a setting other than the default needs --out: no start is overwritten"
+            )
+        policy = load_policy(model, device, bfloat16) if model else None
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: no such device
         parser.error(str(error).splitlines()[0])
     if policy:
         teach(policy, settings, out)

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,7 +45,7 @@ SMALL = (
 def play(*flags):
     """train_ppo.py in this process."""
     config = parse(PPOConfig, "", [*map(str, flags)])
-    train_grpo.run(config, config.chosen(), make_critic=Critic)
+    train_grpo.run(config, config.chosen_arms(), make_critic=Critic)
 
 
 def left_behind(out):
@@ -156,7 +157,7 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
     monkeypatch.setattr(train_grpo, "update", interrupted)
     before = signal.getsignal(number)
     with pytest.raises(
-        SystemExit, match=f"after row 0 of grpo.csv; to go on: python .* --resume {out}"
+        SystemExit, match=f"after row 0 of grpo.csv; resume it with: python .* --resume {out}"
     ):
         play(*SMALL, "--model", tiny_folder, "--out", out)
     assert signal.getsignal(number) == before
@@ -164,6 +165,14 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
     assert len((out / "grpo.csv").read_text().splitlines()) == 2 and (out / "curves.png").exists()
     play("--resume", out)
     assert left_behind(out) == whole
+
+
+def test_the_command_that_resumes_a_run_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my scripts/train_ppo.py"])
+    out = tmp_path / "a run; with $signs"
+    said = checkpoint.Checkpoints(out, 1, {}, logs.appended).how_to_resume()
+    command = said.removeprefix("resume it with: ")
+    assert shlex.split(command) == ["python", "my scripts/train_ppo.py", "--resume", str(out)]
 
 
 def test_a_second_interruption_does_not_wait(tmp_path):
@@ -200,7 +209,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(how, stopped,
     newest = max((stopped / "checkpoints").glob("*.pt"))
     damage(newest, how, random.Random(0))
     play("--resume", stopped)
-    assert f"note: {newest} is damaged; going on from the one before it" in capsys.readouterr().err
+    assert f"note: {newest} is damaged; resuming from the one before it" in capsys.readouterr().err
     assert left_behind(stopped) == whole
 
 
@@ -236,9 +245,15 @@ def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, cap
     (stopped / "config.json").write_text(settings.replace('"prompts": 2', '"prompts": 3'))
     assert "prompts was 2 and is now 3" in refused(stopped)
     (stopped / "config.json").write_text(settings[:-40])
-    assert refused(stopped) == "2" and "is no run that can go on" in capsys.readouterr().err
+    assert refused(stopped) == "2" and "is no run that can be resumed" in capsys.readouterr().err
     (stopped / "config.json").write_text("[]")
-    assert refused(stopped) == "2" and "other settings than this script" in capsys.readouterr().err
+    assert refused(stopped) == "2" and "holds no settings" in capsys.readouterr().err
+    earlier = json.loads(settings) | {"no_baseline": False}  # a flag of before
+    (stopped / "config.json").write_text(json.dumps(earlier))
+    assert refused(stopped) == "2"
+    said = capsys.readouterr().err
+    assert "other settings than this script (no_baseline)" in said
+    assert "from the commit that began it" in said
     (stopped / "config.json").write_text(settings)
     prompts = (stopped / "prompts.csv").read_bytes()
     (stopped / "prompts.csv").write_bytes(prompts[:20])
@@ -320,7 +335,7 @@ from support.config import parse
 from train_grpo import run
 from train_ppo import Critic, PPOConfig
 config = parse(PPOConfig, "", sys.argv[1:])
-run(config, config.chosen(), make_critic=Critic)
+run(config, config.chosen_arms(), make_critic=Critic)
 """
 
 
@@ -337,7 +352,7 @@ def test_a_disk_that_fills_up_loses_what_came_after_the_last_checkpoint(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"{out} cannot be written" in done.stderr
-    again = "it cannot go on, since --checkpoint-every is 0" if every else f"--resume {out}"
+    again = "it cannot be resumed, since --checkpoint-every is 0" if every else f"--resume {out}"
     assert done.stderr.endswith(f"{again}\n")
     if moment != "the weights":
         play("--resume", out)
@@ -379,7 +394,7 @@ def test_three_bad_updates_in_a_row_end_the_run(tiny_folder, tmp_path, monkeypat
     assert [row["skipped_updates"] for row in rows] == ["0", "1"]
     state = torch.load(max((out / "checkpoints").glob("*.pt")), weights_only=True)
     assert state["iteration"] == 1
-    weights = state["parts"]["policy"].values()
+    weights = state["stateful"]["policy"].values()
     assert all(value.isfinite().all() and value.abs().max() < 100 for value in weights)
 
 

@@ -337,7 +337,7 @@ def test_flags_of_the_built_in_model_are_refused_beside_model(flag, value, capsy
     with pytest.raises(SystemExit) as stop:
         parse(DiagnoseConfig, "", ["--model", "any", flag, value, "--device", "cpu"])
     assert stop.value.code == 2
-    assert f"error: {flag} is of the built-in model" in capsys.readouterr().err
+    assert f"error: {flag} shapes the built-in model" in capsys.readouterr().err
     assert parse(DiagnoseConfig, "", [flag, value, "--device", "cpu"])
 
 

@@ -1,4 +1,4 @@
-"""envs.py and worlds.py: the protocol of a turn, and properties of every world over a thousand
+"""envs.py and worlds/: the protocol of a turn, and properties of every world over a thousand
 seeds each."""
 
 import json
@@ -12,8 +12,8 @@ import pytest
 
 from envs import (
     COLUMNS,
+    COMMON_FILLER,
     DIRECTIONS,
-    SAYINGS,
     Call,
     check_arguments,
     check_facts,
@@ -121,10 +121,9 @@ MALFORMED_TURNS = [
 ]
 
 
-@pytest.mark.parametrize("shared_slips", [True, False])
 @pytest.mark.parametrize("reply, said", MALFORMED_TURNS)
-def test_malformed_turn_costs_a_move_and_says_why(reply, said, shared_slips):
-    env, _ = lake(shared_slips=shared_slips)
+def test_malformed_turn_costs_a_move_and_says_why(reply, said):
+    env, _ = lake()
     player, moves = env.player, env.turns_left
     step = env.step(reply)
     assert step.reward == env.format_penalty == -0.1
@@ -253,9 +252,8 @@ def test_skill_is_how_often_the_move_is_a_best_one():
     assert abs(best / 2000 - 0.65) < 0.03
 
 
-@pytest.mark.parametrize("shared_slips", [True, False])
-def test_slips_are_as_frequent_as_stated_and_go_sideways(shared_slips):
-    env = make_env("frozenlake", slip=0.3, shared_slips=shared_slips)
+def test_slips_are_as_frequent_as_stated_and_go_sideways():
+    env = make_env("frozenlake", slip=0.3)
     ways = {"up": 0, "down": 0}
     for seed in range(3000):
         env.reset(seed)
@@ -363,34 +361,6 @@ def test_a_group_shares_its_luck_whatever_it_replies():
         assert one[1:both] == other[1:both]  # the malformed turn has made no move
         compared += both - 1
     assert compared > 100
-
-
-def test_without_shared_slips_each_rollout_of_a_group_has_its_own_luck():
-    env = make_env("frozenlake", slip=0.3, shared_slips=False)
-    moves = ["down", "left", "up", "right"]
-    seeds = range(100)
-    same = [turn(way) for way in moves]
-    now = [turn(way, "I see.") for way in moves]
-    before = [turn(moves[0], "I see."), *same[1:]]  # words differ in the first turn alone
-    slips = [slips_of(env, seed, same) for seed in seeds]
-    assert slips == [slips_of(env, seed, same) for seed in seeds]  # a function of seed and replies
-    for replies in (now, before):
-        others = [slips_of(env, seed, replies) for seed in seeds]
-        assert 50 < sum(a != b for a, b in zip(slips, others, strict=True)) < 100
-        pairs = [
-            (a[1], b[1]) for a, b in zip(slips, others, strict=True) if min(len(a), len(b)) > 1
-        ]
-        agree = sum(a == b for a, b in pairs) / len(pairs)
-        assert abs(agree - (0.3**2 + 0.7**2)) < 0.2  # as two draws that know nothing of each other
-
-
-def test_without_shared_slips_the_map_and_the_text_are_those_of_shared_ones():
-    one, other = make_env("frozenlake"), make_env("frozenlake", shared_slips=False)
-    assert one.system == other.system and one.tools == other.tools
-    for seed in range(100):
-        assert one.reset(seed) == other.reset(seed)
-        replies = [env.demonstrate(random.Random(seed), 0.5) for env in (one, other)]
-        assert replies[0] == replies[1]
 
 
 @pytest.mark.parametrize(
@@ -574,12 +544,12 @@ def sentences(text):
 THOUGHTS = {  # what the starts have learned
     "frozenlake": 6, "sokoban": 5, "sudoku": 7, "shop": 4, "frozenlake-planned": 6
 }  # fmt: skip
-ALL_SAYINGS = {name: sentences(SAYINGS + world.sayings) for name, world in ENVIRONMENTS.items()}
+ALL_FILLER = {name: sentences(COMMON_FILLER + world.filler) for name, world in ENVIRONMENTS.items()}
 
 
 @pytest.mark.parametrize("thoughts", [0, 1, None, 30])
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_a_demonstrated_thought_is_its_facts_and_as_many_different_sayings(name, thoughts):
+def test_a_demonstrated_thought_is_its_facts_and_as_many_different_filler_sentences(name, thoughts):
     env = make_env(name) if thoughts is None else make_env(name, thoughts=thoughts)
     assert env.thoughts == (THOUGHTS[name] if thoughts is None else thoughts)
     rng, facts, texts = random.Random(12), [], set()
@@ -595,11 +565,11 @@ def test_a_demonstrated_thought_is_its_facts_and_as_many_different_sayings(name,
         while not env.done:
             reply = env.demonstrate(rng, env.skill)
             said = sentences(thought_of(reply))
-            free = [sentence for sentence in said if sentence in ALL_SAYINGS[name]]
+            free = [sentence for sentence in said if sentence in ALL_FILLER[name]]
             assert len(free) == len(set(free)) == env.thoughts
             texts.add(tuple(free))
             # without them, it is the facts in their order, and no fact is said by the rest
-            rest = " ".join(sentence for sentence in said if sentence not in ALL_SAYINGS[name])
+            rest = " ".join(sentence for sentence in said if sentence not in ALL_FILLER[name])
             if name == "frozenlake-planned":  # and the decision comes last
                 call, _ = read_call(reply, env.tools)
                 decision = f" So I go {call.arguments['direction']}."
@@ -612,7 +582,7 @@ def test_a_demonstrated_thought_is_its_facts_and_as_many_different_sayings(name,
     assert len(texts) > 29 if env.thoughts else texts == {()}
 
 
-def test_sayings_stand_anywhere_between_the_facts():
+def test_filler_sentences_stand_anywhere_between_the_facts():
     env, rng, places = make_env("shop", thoughts=3), random.Random(13), set()
     facts = ["One is a fact.", "Two is a fact.", "Three is a fact."]
     said = set()
@@ -622,26 +592,26 @@ def test_sayings_stand_anywhere_between_the_facts():
         places.add(tuple(sentence in facts for sentence in thought))
         said |= set(thought)
     assert len(places) == 20  # of 3 in 6: all before, all after, all in between and all others
-    assert said == set(facts) | set(ALL_SAYINGS["shop"])
+    assert said == set(facts) | set(ALL_FILLER["shop"])
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_a_world_has_thirty_different_sayings(name):
-    assert len(ALL_SAYINGS[name]) == len(set(ALL_SAYINGS[name])) == 30
-    assert ALL_SAYINGS[name] == make_env(name).free_sentences
-    assert " ".join(ALL_SAYINGS[name]) == " ".join(
-        (SAYINGS + " " + ENVIRONMENTS[name].sayings).split()
+def test_a_world_has_thirty_different_filler_sentences(name):
+    assert len(ALL_FILLER[name]) == len(set(ALL_FILLER[name])) == 30
+    assert ALL_FILLER[name] == make_env(name).filler_sentences
+    assert " ".join(ALL_FILLER[name]) == " ".join(
+        (COMMON_FILLER + " " + ENVIRONMENTS[name].filler).split()
     )
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_no_saying_of_any_world_states_a_fact(name):
+def test_no_filler_sentence_of_any_world_states_a_fact(name):
     env, rng = make_env(name), random.Random(14)
-    sayings = sorted(set().union(*ALL_SAYINGS.values()))
-    assert len(sayings) == 16 + 4 * 14
+    fillers = sorted(set().union(*ALL_FILLER.values()))
+    assert len(fillers) == 16 + 4 * 14
     if name == "shop":  # where this one, which only Sokoban's thoughts hold, would be a wish
-        sayings.remove("I look for a free cell next to the box.")
-    assert not [saying for saying in sayings if re.search(r"\d", saying)]
+        fillers.remove("I look for a free cell next to the box.")
+    assert not [filler for filler in fillers if re.search(r"\d", filler)]
     patterns = set()
     for seed in range(50):
         env.reset(seed)
@@ -649,16 +619,16 @@ def test_no_saying_of_any_world_states_a_fact(name):
             patterns |= set(env._truths())
             env.step(any_reply(env, rng))
     for pattern in patterns:
-        for saying in sayings:
-            assert not re.search(pattern, saying), f"{pattern} takes {saying!r} for a fact"
+        for filler in fillers:
+            assert not re.search(pattern, filler), f"{pattern} takes {filler!r} for a fact"
     for _ in range(20):  # nor do several in a row
-        rng.shuffle(sayings)
-        assert check_facts(f"<think>{' '.join(sayings)}", dict.fromkeys(patterns, "")) == (0, 0)
+        rng.shuffle(fillers)
+        assert check_facts(f"<think>{' '.join(fillers)}", dict.fromkeys(patterns, "")) == (0, 0)
 
 
 @pytest.mark.parametrize("thoughts", [-1, 31])
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_more_thoughts_than_sayings_or_fewer_than_none_are_refused(name, thoughts):
+def test_more_thoughts_than_filler_sentences_or_fewer_than_none_are_refused(name, thoughts):
     with pytest.raises(ValueError, match=f"thoughts is {thoughts}: choose 0 to 30"):
         make_env(name, thoughts=thoughts)
 
@@ -704,8 +674,8 @@ def test_sokoban_text_is_true_and_moves_follow_the_rules():
                 shown = env.step(reply).observation
                 down, right = DIRECTIONS[arguments_of(reply)["direction"]]
                 there, beyond = (row + down, column + right), (row + 2 * down, column + 2 * right)
-                stuck = there in boxes and (beyond not in env.free or beyond in boxes)
-                blocked = there not in env.free or stuck
+                stuck = there in boxes and (beyond not in env.floor or beyond in boxes)
+                blocked = there not in env.floor or stuck
                 after = set(boxes)
                 if there in boxes and not blocked:
                     after = after - {there} | {beyond}
@@ -724,7 +694,7 @@ def check_sokoban_text(env, shown):
     assert bool(where["+"]) == (env.player in targets)
     assert where["X"] | where["*"] == boxes and where["*"] == boxes & targets
     assert where["T"] | where["*"] | where["+"] == targets
-    assert where["#"] == set(board) - env.free and sum(map(len, where.values())) == len(board)
+    assert where["#"] == set(board) - env.floor and sum(map(len, where.values())) == len(board)
     status = shown.splitlines()[-1]
     names = re.findall(r"([PXT]) (\w)(\d)", status)
     cells = [(name, (int(row) - 1, COLUMNS.index(column))) for name, column, row in names]
@@ -824,12 +794,14 @@ def test_sudoku_boards_are_right_and_their_text_is_true():
             symbols = {cell: str(env.board.get(cell, "_")) for cell in SUDOKU_CELLS}
             assert read_board(shown, 4) == symbols
             empty = 16 - len(env.board)
-            *_, hint, counts = shown.splitlines()
+            *_, tightest, counts = shown.splitlines()
             left = f"steps left {env.turns_left}, mistakes left {env.mistakes_left}"
             assert counts == f"empty {empty}, {left}"
             assert ("fewest choices" in shown) == (empty > 0)
             if empty:
-                line = re.fullmatch(r"fewest choices (\w)(\d), sees ((?:[1-4] ?)+|nothing)", hint)
+                line = re.fullmatch(
+                    r"fewest choices (\w)(\d), sees ((?:[1-4] ?)+|nothing)", tightest
+                )
                 column, row, seen = line.groups()
                 cell = (int(row) - 1, COLUMNS.index(column))
                 assert cell not in env.board
@@ -879,9 +851,9 @@ def test_every_shop_has_what_is_wanted_and_its_text_is_true():
     env, rng = make_env("shop"), random.Random(11)
     for seed in range(SEEDS):
         shown = env.reset(seed)
-        stock = env.stock.values()
-        assert len(stock) == env.items
-        titled = [item for item in stock if item.title == env.title]
+        items = env.catalogue.values()
+        assert len(items) == env.items
+        titled = [item for item in items if item.title == env.title]
         assert len(titled) == len(PLACES)
         fitting = [item for item in titled if item.material == env.material]
         assert any(env.size in item.sizes and item.price <= env.budget for item in fitting)
@@ -894,7 +866,7 @@ def test_every_shop_has_what_is_wanted_and_its_text_is_true():
             for line in listed:
                 _, place, code, colour, kind, price, *inside = line.split()
                 assert place == PLACES[listed.index(line)]
-                item = env.stock[code]
+                item = env.catalogue[code]
                 assert (f"{colour} {kind}", price) == (item.title, f"${item.price}")
                 assert inside == ([item.material, *item.sizes] if code in env.opened else [])
             if env.done:
@@ -921,7 +893,7 @@ def test_a_purchase_pays_for_what_fits_and_ends_the_episode():
     for seed in range(SEEDS):
         env, rng = make_env("shop"), random.Random(seed)
         env.reset(seed)
-        step = env.step(act("buy", item=next(iter(env.stock)), size="M"))
+        step = env.step(act("buy", item=next(iter(env.catalogue)), size="M"))
         assert "The list has no such item" in step.observation
         env.step(act("search", query=env.title))
         item, size = rng.choice(env.results), rng.choice(SIZES)

@@ -1,7 +1,7 @@
 """examples/: loss and gradient in other people's trainers are this project's, on real rollouts.
 
-Needs trl 1.16.0 and verl 0.9.0; what is not installed is left out. As a script this is
-one process of a run of TRL.
+The tests need trl 1.16.0 and verl 0.9.0, and those of a package that is not installed are skipped.
+Run as a script, this file is one process of a training in TRL.
 """
 
 import os
@@ -92,8 +92,9 @@ def test_loss_and_gradient_in_trl_are_those_of_the_written_loss(processes, tmp_p
             "--standalone",
             f"--nproc-per-node={processes}",
         ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # a script sees only its own folder
     for _ in range(2):  # gloo has been seen to abort as a process ended, once in forty runs
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if "SIGABRT" not in done.stderr:
             break
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])

@@ -15,10 +15,11 @@ from test_train import read, run_script
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
+from chat import describe_tools
 from envs import read_call, write_turn
-from policy import Policy, describe_tools, encoders, load_policy
+from policy import Policy, load_policy
 from rollout import rollout, score_all
-from segment import Segment, segment_turn, token_bytes
+from segment import Segment, segment_turn
 from studies.diagnose import DiagnoseConfig, diagnose
 from support.warm_start import CHAT_TEMPLATE, WarmStart, demonstrations, imitate
 from worlds import make_env
@@ -180,6 +181,7 @@ def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
     flags = ("--save", "--max-turn-tokens", "100", "--lr", "1e-4")
     result = run_script("train_actfocus.py", family, tmp_path / "run", *flags)
     assert result.returncode == 0, result.stderr
+    assert "class       energy     grpo   actfocus   token\n" in result.stdout
     for arm in ("grpo", "actfocus"):
         rows = read(tmp_path / "run" / f"{arm}.csv")
         assert len(rows) == 3 and float(rows[1]["action_fraction"]) > 0
@@ -274,7 +276,7 @@ def test_a_real_template(name, shows_tools, built_in, capsys):
     tokenizer.chat_template, tokenizer.init_kwargs["made_by"] = template, ""
     model = transformers.AutoModelForCausalLM.from_pretrained(built_in.tokenizer.name_or_path)
     model.resize_token_embeddings(len(tokenizer))
-    policy = Policy(model, tokenizer, *encoders(tokenizer), token_bytes(tokenizer))
+    policy = Policy(model, tokenizer)
     env = make_env("frozenlake")
     prompt = tokenizer.decode(policy.prompt(env.system, env.tools, env.reset(1)))
     assert ("ignores tools" not in capsys.readouterr().err) == shows_tools

@@ -1,12 +1,18 @@
 """fused_policy_loss against policy_loss, the plain version of it, in float64."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEVICES
 
-from fused_loss import fused_policy_loss, policy_loss
+from fused_loss import LossSettings, fused_policy_loss, policy_loss
+
+ROOT = Path(__file__).parents[1]
 
 
 def case(seed, n=50, width=16, vocabulary=40, dtype=torch.float32):
@@ -29,6 +35,13 @@ def case(seed, n=50, width=16, vocabulary=40, dtype=torch.float32):
     return hidden, head, targets, old, advantages, weights, reference
 
 
+def with_settings(options):
+    """Keyword arguments of a loss: those that are fields of LossSettings become one `settings`."""
+    fields = {name: value for name, value in options.items() if name in LossSettings._fields}
+    others = {name: value for name, value in options.items() if name not in fields}
+    return others | {"settings": LossSettings(**fields)}
+
+
 def run(loss_of, case, dtype, device="cpu", **options):
     """Value and gradients of a loss, in float64."""
     hidden, head, targets, *rest = (x.to(device) for x in case)
@@ -36,7 +49,7 @@ def run(loss_of, case, dtype, device="cpu", **options):
     *per_token, reference = [x.to(dtype if dtype == torch.float64 else torch.float32) for x in rest]
     if options.get("kl_coef"):
         options["ref_logprob"] = reference
-    loss = loss_of(*leaves, targets, *per_token, **options).loss
+    loss = loss_of(*leaves, targets, *per_token, **with_settings(options)).loss
     loss.backward()
     return loss.item(), *(leaf.grad.double().cpu() for leaf in leaves)
 
@@ -133,7 +146,7 @@ def test_entropy_and_kl_by_hand():
     old = torch.tensor([math.log(0.25)])
     options = {"entropy_coef": 0.5, "kl_coef": 2.0, "ref_logprob": old - 1}
     loss, logprob, entropy = fused_policy_loss(
-        hidden, head, torch.tensor([1]), old, zero, zero, **options
+        hidden, head, torch.tensor([1]), old, zero, zero, **with_settings(options)
     )
     assert loss.item() == pytest.approx(2.0 - 0.5 * math.log(4), abs=1e-6)
     assert logprob.item() == pytest.approx(
@@ -208,14 +221,15 @@ def test_no_tokens_and_no_weight_give_zero():
 def test_what_does_not_fit_is_refused(change, said):
     names = ("hidden", "head", "targets", "old_logprob", "advantages", "weights")
     with pytest.raises(ValueError, match=said):
-        fused_policy_loss(**(dict(zip(names, case(10)[:-1], strict=True)) | change))
+        arguments = dict(zip(names, case(10)[:-1], strict=True)) | change
+        fused_policy_loss(**with_settings(arguments))
 
 
 def test_both_losses_give_the_same_statistics():
     *inputs, reference = case(11)
     options = {"temperature": 0.8, "kl_coef": 0.1, "entropy_coef": 0.05, "ref_logprob": reference}
-    plain = policy_loss(*inputs, **options)
-    fused = fused_policy_loss(*inputs, chunk_size=7, **options)
+    plain = policy_loss(*inputs, **with_settings(options))
+    fused = fused_policy_loss(*inputs, chunk_size=7, **with_settings(options))
     for name, a, b in zip(plain._fields, plain, fused, strict=True):
         torch.testing.assert_close(a, b, msg=name)
     assert not fused.logprob.requires_grad and not plain.logprob.requires_grad
@@ -228,3 +242,21 @@ def test_a_second_derivative_is_refused_and_not_silently_zero():
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.square().sum().backward()
+
+
+def test_memory_is_under_an_eighth_of_the_full_logits_way():
+    """The ratio depends on N, H and the number of chunks, not on V: a ninth of Qwen's vocabulary,
+    in as many chunks.
+
+    `python -m studies.bench loss` measures the full size.
+    """
+
+    def extra(way, *chunk_size):
+        size = ["4096", "16384", "896", "cpu", "float32", *chunk_size]
+        command = [sys.executable, "-m", "studies.bench", "--child", way, *size]
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return json.loads(child.stdout)[1]
+
+    full = extra("full")
+    fused = min(extra("fused", "110") for _ in range(2))  # the system's count is 5 % off, upwards
+    assert 0 < fused < full / 8, (fused, full)

@@ -1,7 +1,7 @@
-"""Whatever a model says: no reply makes a world raise, hang, pay too much or repeat what it heard.
+"""Whatever a model writes, no reply makes a world raise, hang, pay too much or repeat the reply.
 
-python -m pytest -q tests/test_hostile.py      # 2,000 replies a world
-python tests/test_hostile.py 100000            # the long version, over all four
+python -m pytest -q tests/test_hostile.py           # 2,000 replies a world
+PYTHONPATH=. python tests/test_hostile.py 100000    # the long version, over all worlds
 """
 
 import json

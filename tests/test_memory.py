@@ -13,6 +13,7 @@ from test_train import run_script
 from policy import load_policy
 from studies import diagnose
 from support import memory
+from support.config import ActFocusConfig
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {
@@ -34,12 +35,12 @@ config = ActFocusConfig(
     gradient_checkpointing="recompute" in more,
 )
 said = []
-memory.describe = lambda parts, there: said.append(parts)
+memory.describe = lambda needed, there: said.append(needed)
 page = resource.getpagesize()
 small = load_policy(STARTS / "frozenlake")  # what is imported late is no part of it
 small.hidden(torch.zeros(1, 500, dtype=torch.int64)).sum().backward()
 before = int(open("/proc/self/statm").read().split()[1]) * page
-arms = {"actfocus": config.chosen()["actfocus"]}
+arms = {"actfocus": config.chosen_arms()["actfocus"]}
 train_grpo.run(config, arms)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps([peak - before, {moment: sum(by.values()) for moment, by in said[0].items()}]))
@@ -61,6 +62,7 @@ def larger(start, tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a run took is read from /proc")
 @pytest.mark.parametrize("more", [[], ["recompute"]])
 def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
     command = [sys.executable, "-c", RUN, str(larger), str(tmp_path / "run"), *more]
@@ -70,7 +72,7 @@ def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
     assert taken == pytest.approx(max(said.values()), rel=0.25)
 
 
-def test_a_model_that_does_not_fit_is_told_of_before_it_is_loaded(start, tmp_path, monkeypatch):
+def test_a_model_that_does_not_fit_is_named_before_it_is_loaded(start, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 1e8)
     monkeypatch.setattr("train_grpo.load_policy", lambda *_: sys.exit("loaded"))
     result = run_script("train_actfocus.py", start, tmp_path / "run")
@@ -78,12 +80,43 @@ def test_a_model_that_does_not_fit_is_told_of_before_it_is_loaded(start, tmp_pat
     assert result.stderr.endswith("loaded\n")
 
 
+def test_will_it_fit_is_answered_without_loading_the_model(start, monkeypatch, capsys):
+    monkeypatch.setattr("policy.load_policy", lambda *_: sys.exit("loaded"))
+    flags = ["--model", str(start), "--device", "cpu", "--arms", "ppo", "--prompts", "16"]
+    monkeypatch.setattr(memory, "available", lambda device: 3e9)
+    memory.main(flags)
+    assert capsys.readouterr().out.endswith("It will fit: there are 3.0 GB.\n")
+    monkeypatch.setattr(memory, "available", lambda device: 1e8)
+    with pytest.raises(SystemExit, match="It will not fit"):
+        memory.main(flags)
+    assert "There are 0.1 GB: lower --micro-tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the memory of this run cannot be estimated"):
+        memory.main(["--model", "/nowhere", "--device", "cpu"])
+
+
+def test_a_system_that_does_not_tell_its_memory_is_no_error(start, monkeypatch, capsys):
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr("os.sysconf", unknown)
+    assert memory.available("cpu") is None
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    assert memory.available("cpu") is None
+    config = ActFocusConfig(device="cpu")
+    config.resolve()
+    memory.print_estimate(str(start), config, [])
+    said = capsys.readouterr().out
+    assert "memory while playing" in said and "There are" not in said
+
+
 def test_an_estimate_that_fails_ends_no_run(tmp_path, capsys):
-    memory.announce(str(tmp_path / "nothing"), None, [])
-    assert "note: the memory that this takes cannot be estimated" in capsys.readouterr().out
+    config = ActFocusConfig(device="cpu")
+    config.resolve()
+    memory.print_estimate(str(tmp_path / "nothing"), config, [])
+    assert "note: the memory that this run needs cannot be estimated" in capsys.readouterr().out
 
 
-def test_a_diagnosis_is_told_of_its_own_flags(monkeypatch):
+def test_a_diagnosis_out_of_memory_names_its_own_flags(monkeypatch):
     def hungry(config):
         torch.empty(2**60)
 

@@ -1,4 +1,5 @@
-"""policy.py: text and control tokens, framing, and foreign checkpoints that are made here."""
+"""policy.py, chat.py and kv_cache.py: text and control tokens, framing, attention, and foreign
+checkpoints that are made here."""
 
 import copy
 import json
@@ -15,12 +16,14 @@ import transformers
 from conftest import DEVICES
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from chat import describe_tools, encoders
 from envs import Step, read_call
-from policy import describe_tools, encoders, load_policy, use_packed_attention
+from kv_cache import use_packed_attention
+from policy import load_policy
 from rollout import rollout
 from segment import Segment
 from support.config import Config
-from support.memory import announce
+from support.memory import print_estimate
 from support.warm_start import CHAT_TEMPLATE
 from worlds import make_env
 
@@ -239,8 +242,8 @@ def test_no_text_becomes_a_control_token(any_policy):
 
 
 def test_control_tokens_are_a_set_without_bytes(any_policy):
-    assert any_policy.encode_framing("<|im_end|>") == [any_policy.end_of_turn]
-    (start,) = any_policy.encode_framing("<|im_start|>")
+    assert any_policy.chat.encode_framing("<|im_end|>") == [any_policy.end_of_turn]
+    (start,) = any_policy.chat.encode_framing("<|im_start|>")
     assert {start, any_policy.end_of_turn} <= any_policy.control_tokens
     for token in range(len(any_policy.head)):
         assert (token in any_policy.control_tokens) == (any_policy.bytes_of[token] == b"")
@@ -260,7 +263,7 @@ def test_framing_is_the_chat_template(any_policy):
     opening = render(messages, tools=env.tools, tokenize=False, add_generation_prompt=True)
     assert any_policy.tokenizer.decode(
         any_policy.prompt(env.system, env.tools, first)
-    ) == any_policy.tokenizer.decode(any_policy.encode_framing(opening))
+    ) == any_policy.tokenizer.decode(any_policy.chat.encode_framing(opening))
     messages += [{"role": "assistant", "content": "TURN"}, {"role": "tool", "content": "RESULT"}]
     whole = render(messages, tools=env.tools, tokenize=False, add_generation_prompt=True)
     shown = any_policy.tokenizer.decode([any_policy.end_of_turn, *any_policy.result("RESULT")])
@@ -283,7 +286,7 @@ def test_tiktoken_and_transformers_agree(tiny):
     unmarked = copy.deepcopy(tiny.tokenizer)
     unmarked.init_kwargs.pop("made_by")
     encode, encode_framing = encoders(unmarked)
-    assert "tiktoken" in type(tiny.encode.__self__).__module__
+    assert "tiktoken" in type(tiny.chat.encode.__self__).__module__
     env, rng = make_env("frozenlake"), random.Random(0)
     for seed in range(100):
         texts = [env.reset(seed), env.system]
@@ -293,7 +296,7 @@ def test_tiktoken_and_transformers_agree(tiny):
         for text in texts + NASTY * (seed == 0):
             assert tiny.encode(text) == encode(text)
     framing = "<|im_start|>assistant\nhi<|im_end|>\n"
-    assert tiny.encode_framing(framing) == encode_framing(framing)
+    assert tiny.chat.encode_framing(framing) == encode_framing(framing)
 
 
 # ------------------------------------------------------------------------------ refused checkpoints
@@ -389,7 +392,7 @@ def test_no_code_of_a_checkpoint_is_run(tiny_folder, tmp_path, capfd):
     (folder / "mine.py").write_text("print('CODE RAN')")
     flags = Config(model=str(folder))
     flags.resolve()
-    announce(str(folder), flags, [])
+    print_estimate(str(folder), flags, [])
     with pytest.raises(ValueError):
         load_policy(folder)
     said = "".join(capfd.readouterr())

@@ -84,12 +84,12 @@ def test_a_critic_fits_a_known_value_and_leaves_the_policy_alone(built_in):
     critic = Critic(built_in, PPOConfig(critic_lr=1e-3, critic_passes=30, minibatch=2))
     assert (critic.values(rollouts) == 0).all()
     rollouts.rewards = torch.tensor([1.0, 0.0])
-    _, returns = critic.advantages(rollouts)
-    assert torch.equal(returns, rollouts.response * rollouts.rewards[:, None])
-    first = critic.fit(rollouts, returns)
+    critic.advantages(rollouts)
+    assert torch.equal(critic.returns, rollouts.response * rollouts.rewards[:, None])
+    first = critic.fit(rollouts)
     assert first["explained_variance"] == pytest.approx(0, abs=1e-6)
     critic.advantages(rollouts)
-    after = critic.fit(rollouts, returns)
+    after = critic.fit(rollouts)
     assert after["explained_variance"] > 0.9 and after["value_loss"] < 0.1 * first["value_loss"]
     values = critic.values(rollouts)
     assert (values[~rollouts.response] == 0).all()
@@ -137,7 +137,10 @@ def test_flags_of_the_critic_are_checked(capsys):
     assert parse(PPOConfig, "", ["--group-size", "1"]).group_size == 1  # nothing to compare with
     with pytest.raises(SystemExit):
         parse(PPOConfig, "", ["--group-size", "1", "--arms", "ppo,grpo"])
-    assert "--arms grpo compares rollouts, at least 2" in capsys.readouterr().err
+    assert (
+        "the arm grpo compares the rollouts of a prompt and needs at least 2"
+        in capsys.readouterr().err
+    )
     config = PPOConfig()
     config.resolve()
     assert config.critic_lr == 1e-3

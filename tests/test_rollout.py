@@ -7,8 +7,9 @@ import torch
 from conftest import DEVICES
 
 from envs import Step, tool_schema
+from kv_cache import PreallocatedLayer
 from policy import load_policy
-from rollout import PreallocatedLayer, rollout, sample
+from rollout import rollout, sample
 from segment import Segment, segment_turn
 from worlds import make_env
 
@@ -193,7 +194,7 @@ def test_turns_are_cut_at_their_limit_and_one_token_turns_work(policy):
 def test_control_tokens_end_the_turn_and_reach_nobody(tiny):
     """A policy that only ever samples control tokens: each is one turn without text, closed by the
     template's own token."""
-    (start,) = tiny.encode_framing("<|im_start|>")
+    (start,) = tiny.chat.encode_framing("<|im_start|>")
     head = tiny.head.detach().clone()
     try:
         with torch.no_grad():

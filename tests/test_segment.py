@@ -9,7 +9,7 @@ import torch
 from segment import Segment, segment_batch, segment_turn, token_bytes
 
 F, R, A = Segment.FORMAT, Segment.REASONING, Segment.ACTION
-END = b"<|im_end|>"
+END = b""  # the end of a turn is a control token, and these have no bytes
 
 CASES = {
     "a whole turn": (
@@ -103,7 +103,10 @@ CASES = {
         [b"<think>", b"", b"a", b"", b"<tool_call>", b"", b"{"],
         [F, F, R, F, F, F, A],
     ),
-    "the end-of-turn text in mid-turn is text": ([b"<think>", END, b"a", END], [F, R, R, F]),
+    "an end of turn that is written as text is text": (
+        [b"<think>", b"<|im_end|>", b"a", b"<|im_end|>", END],
+        [F, R, R, R, F],
+    ),
     "nothing": ([], []),
     "one token": ([END], [F]),
     "one stray token": ([b"x"], [F]),
@@ -114,11 +117,6 @@ CASES = {
 def test_rule(tokens, labels):
     assert segment_turn(tokens) == labels
     assert segment_turn(tuple(tokens)) == labels
-
-
-def test_other_end_of_turn():
-    assert segment_turn([b"<think>", b"a", b"<eot>"], end_of_turn=b"<eot>") == [F, R, F]
-    assert segment_turn([b"<think>", b"a", b"<eot>"]) == [F, R, R]
 
 
 def reference(text: bytes) -> list[int]:
@@ -258,3 +256,13 @@ def test_bytes_of_the_built_in_tokenizer(tiny):
     text = 'I stand on b2. \u00e9\u20ac <think>\n{"name": 1}'
     assert b"".join(table[i] for i in tiny.encode(text)).decode() == text
     assert table[tiny.end_of_turn] == b""
+
+
+def test_a_token_of_a_tag_and_its_newline_belongs_to_the_span(built_in):
+    """As the docstring of segment.py says of the built-in tokens."""
+    text = '<think>\nUp.\n</think>\n<tool_call>\n{"name": "move"}\n</tool_call>'
+    table = token_bytes(built_in.tokenizer)
+    turn = [table[i] for i in built_in.encode(text)] + [table[built_in.end_of_turn]]
+    labels = dict(zip(turn, segment_turn(turn), strict=True))
+    assert labels[b"<think>\n"] == R and labels[b"<tool_call>\n"] == A
+    assert labels[b"}\n"] == A and labels[b"</think>\n"] == labels[b""] == F

@@ -10,7 +10,6 @@ import torch
 
 from actfocus import actfocus_weights, clipped_loss, group_advantages
 from arms import ARMS
-from energy import token_stats
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
 from studies import gradient_signal as gs
@@ -48,7 +47,8 @@ def written_gradient(policy, rollouts, frozen, arm):
     weights = actfocus_weights(frozen.energy, reasoning, action, response, arm.alpha, arm.beta)
     rows = torch.arange(len(response))
     hidden, targets = scored_hidden(policy, rollouts, rows, response)
-    logprob = token_stats(hidden, policy.head, targets, temperature=0.9).logprob
+    logp = (hidden @ policy.head.T / 0.9).log_softmax(-1)
+    logprob = logp.gather(-1, targets[:, None]).squeeze(-1)
     advantages = group_advantages(rollouts.rewards, 4)[:, None].expand(response.shape)[response]
     loss = clipped_loss(logprob, logprob.detach(), advantages, weights[response])
     gradients = torch.autograd.grad(loss, list(policy.model.parameters()))
@@ -227,4 +227,4 @@ def test_diagnose_writes_the_signal(start, tmp_path, capsys):
 
 def test_too_few_blocks_are_refused():
     with pytest.raises(ValueError, match="--blocks is 3: it must be 0, or at least 4"):
-        DiagnoseConfig(blocks=3).check()
+        DiagnoseConfig(blocks=3).validate()

@@ -10,21 +10,21 @@ import random
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import train_grpo
-from actfocus import actfocus_weights, clipped_loss, group_advantages
+from actfocus import clipped_loss, group_advantages
 from arms import ARMS
-from energy import token_stats
 from fused_loss import policy_loss
 from policy import load_policy
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
-from support.config import ActFocusConfig, Config, parse
+from studies.diagnose import DiagnoseConfig
+from support.config import ActFocusConfig, Config, make_parser, parse, read_config
 from support.logs import COLUMNS, column
 from train_grpo import Guard, run, update
 from train_ppo import PPOConfig
@@ -81,6 +81,8 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
         "evaluations.csv",
         "curves.png",
         "samples.txt",
+        "episodes",
+        "episodes.html",
         "grpo",
         "actfocus",
     }
@@ -137,10 +139,10 @@ def test_gradient_agreement_is_the_cosine_of_successive_gradients(built_in, play
     class Rng:  # every rollout once in the first half, once in the second
         sample = staticmethod(lambda population, k: list(population))
 
-    row = update(built_in, optimizer, twice, advantages, weights, None, config, Rng, Guard())
+    row = update(built_in, optimizer, twice, advantages, weights, None, config, Rng, Guard("grpo"))
     assert row["gradient_agreement"] == pytest.approx(1.0, abs=1e-4)
     whole = Config(minibatch=24, entropy_coef=0.0)
-    row = update(built_in, optimizer, twice, advantages, weights, None, whole, Rng, Guard())
+    row = update(built_in, optimizer, twice, advantages, weights, None, whole, Rng, Guard("grpo"))
     assert "gradient_agreement" not in row
 
 
@@ -209,7 +211,8 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         "train_actfocus.py",
         start,
         tmp_path / "a",
-        "--no-baseline",
+        "--arms",
+        "actfocus",
         "--alpha",
         "1",
         "--beta",
@@ -250,14 +253,25 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--alhpa 1", "unrecognized arguments"),
         ("--arms grpo,pong", "there is no arm 'pong'"),
         ("--arms grpo,grpo", "names an arm twice"),
-        ("--arms grpo,ppo", "ppo has a critic, which train_ppo.py trains"),
+        ("--arms grpo,ppo", "ppo has a critic, so train it with train_ppo.py"),
         ("--signal noise", "--signal is noise: choose one of energy"),
-        ("--group-size 1", "--group-size is 1: GRPO compares rollouts of a prompt, at least 2"),
-        ("--eval-episodes 10 --eval-group-size 4", "do not split into groups of"),
-        ("--model x --eval-group-size 64", "--eval-episodes 32 do not split into groups of"),
+        (
+            "--group-size 1",
+            "--group-size is 1: GRPO compares the rollouts of a prompt and needs at",
+        ),
+        (
+            "--eval-episodes 10 --eval-group-size 4",
+            "--eval-episodes is 10: it must be a multiple of",
+        ),
+        ("--model x --eval-group-size 64", "--eval-episodes is 32: it must be a multiple of"),
         ("--preset fast", "--preset is fast: there is only paper"),
         ("--thoughts 31", "--thoughts is 31: it must be at least 0 and at most 30"),
-        ("--thoughts 0 --model x", "--thoughts is of the built-in model"),
+        (
+            "--thoughts 0 --model x",
+            "--thoughts is 0: it shapes the built-in model, so leave it out",
+        ),
+        ("--iter 3", "unrecognized arguments: --iter"),  # no abbreviations
+        ("--no-baseline", "unrecognized arguments: --no-baseline"),
         (f"--seed {10**400}", "it must be at least 0 and at most 1e+09"),
         ("--lr inf", "--lr is inf"),
         ("--lr nan", "--lr is nan"),
@@ -267,6 +281,46 @@ def test_wrong_flags_are_refused_before_anything_runs(flags, said, capsys):
     with pytest.raises(SystemExit):
         parse(ActFocusConfig, "", flags.split())
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config_class", [Config, ActFocusConfig, PPOConfig, DiagnoseConfig])
+def test_every_flag_is_explained_in_whole_sentences_and_checked(config_class):
+    """No flag is forgotten by `validate`: a number far outside any range is refused, and so is one
+    that is not finite."""
+    flags = [action for action in make_parser(config_class, "")._actions if action.dest != "help"]
+    assert [flag.dest for flag in flags] == [each.name for each in fields(config_class)]
+    for flag in flags:
+        sentence = flag.help.partition(" (default: ")[0]
+        assert sentence[0].isupper() and sentence.endswith(".") and " " in sentence, flag.dest
+        assert flag.option_strings == ["--" + flag.dest.replace("_", "-")]
+        if flag.type in (int, float):
+            for value in (-1, math.inf, math.nan):
+                config = replace(config_class(device="cpu"), **{flag.dest: value})
+                with pytest.raises(ValueError, match=f"{flag.option_strings[0]} is {value}"):
+                    config.validate()
+
+
+def test_help_lists_the_columns_of_the_logs(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, "", ["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in COLUMNS)
+
+
+def test_a_preset_gives_way_to_the_flags_beside_it():
+    flags = ["--preset", "paper", "--env", "sokoban", "--lr", "1e-5", "--device", "cpu"]
+    config = parse(ActFocusConfig, "", flags)
+    assert (config.iterations, config.group_size, config.keep_groups) == (200, 16, 0.25)
+    assert config.lr == 1e-5
+    critic = parse(PPOConfig, "", ["--preset", "paper", "--device", "cpu"])
+    assert (critic.critic_lr, critic.keep_groups, critic.lr) == (1e-5, 0.25, 1e-6)
+
+
+def test_settings_of_an_earlier_version_can_be_read(tmp_path):
+    """One that is gone is ignored, one that was not there yet has its default."""
+    path = tmp_path / "config.json"
+    path.write_text('{"env": "shop", "lr": 0.1, "no_baseline": false}')
+    assert read_config(PPOConfig, path) == PPOConfig(env="shop", lr=0.1)
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
@@ -377,13 +431,6 @@ def test_micro_batches_hold_every_row_once_within_the_limit(played):
     )
 
 
-def weights_of(rollouts, frozen, focus):
-    """Stage 6 of the loop."""
-    reasoning, action = (rollouts.labels == each for each in (Segment.REASONING, Segment.ACTION))
-    response = rollouts.response
-    return actfocus_weights(frozen.energy, reasoning, action, response, focus.alpha, focus.beta)
-
-
 def gradients(policy, rollouts, focus, **options):
     """Gradient and logged row of one mini-batch step over everything, without changing the
     policy."""
@@ -402,11 +449,11 @@ def gradients(policy, rollouts, focus, **options):
         optimizer,
         rollouts,
         advantages,
-        weights_of(rollouts, frozen, focus),
-        frozen.logprob if config.kl_coef else None,
+        focus.weights(rollouts, frozen, seed=0),
+        frozen,
         config,
         random.Random(0),
-        Guard(),
+        Guard("grpo"),
     )
     return caught, row
 
@@ -493,10 +540,11 @@ def test_the_kl_penalty_pulls_towards_the_reference(built_in, played):
         shifted,
         config,
         random.Random(0),
-        Guard(),
+        Guard("grpo"),
     )
     hidden, targets = scored_hidden(built_in, played, torch.arange(12), played.response)
-    logprob = token_stats(hidden, built_in.head, targets).logprob
+    logp = (hidden @ built_in.head.T).log_softmax(-1)
+    logprob = logp.gather(-1, targets[:, None]).squeeze(-1)
     expected = torch.autograd.grad(
         2 * logprob.mean(), list(built_in.model.parameters())
     )  # d(ratio * k1) = (k1 + 1) d logprob
@@ -520,7 +568,7 @@ def test_a_step_with_a_bad_gradient_is_skipped(built_in, played):
         None,
         Config(minibatch=6),
         random.Random(0),
-        Guard(),
+        Guard("grpo"),
     )
     assert all(torch.equal(a, b) for a, b in zip(before, built_in.model.parameters(), strict=True))
 
@@ -529,15 +577,16 @@ def test_arms_differ_in_their_weights_only(start, tmp_path, monkeypatch):
     """The real loop: what reaches the update is the same, but for the weights."""
     given = {}
 
-    def spy(policy, optimizer, rollouts, advantages, weights, ref_logprob, config, rng, guard):
-        given[len(given)] = rollouts, advantages, weights, ref_logprob
+    def spy(policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard):
+        given[len(given)] = rollouts, advantages, weights, frozen
         return dict.fromkeys(("loss", "entropy", "kl", "clip_fraction", "grad_norm"), 0.0)
 
     monkeypatch.setattr(train_grpo, "update", spy)
     flags = ["--model", str(start), "--out", str(tmp_path), *SMALL.split(), "--iterations", "1"]
     config = parse(ActFocusConfig, "", flags)
     run(config, {"grpo": GRPO, "actfocus": replace(FOCUS, alpha=0.2, beta=1.0)})
-    (plain, advantages, uniform, none), (rollouts, same, weights, _) = given.values()
+    (plain, advantages, uniform, none), (rollouts, same, weights, frozen) = given.values()
+    assert (frozen.energy[rollouts.action] != 0).all()
     assert torch.equal(plain.ids, rollouts.ids) and torch.equal(advantages, same) and none is None
     assert torch.equal(uniform, plain.response.float())
     labels = rollouts.labels
@@ -581,14 +630,17 @@ def test_the_fused_loss_trains_as_the_plain_one(start, tmp_path, monkeypatch):
 def test_the_start_is_kept_on_the_cpu_and_given_back_to_each_arm(start, tmp_path, monkeypatch):
     seen = []
 
-    def spy(policy, config, name, arm, out, checkpoints, critic):
+    def spy(policy, optimizer, *_):
         seen.append([p.detach().clone() for p in policy.model.parameters()])
         with torch.no_grad():
             for p in policy.model.parameters():
                 p.add_(1.0)
 
-    monkeypatch.setattr(train_grpo, "train", spy)
-    config = Config(model=str(start), out=str(tmp_path))
+        return dict.fromkeys(("loss", "entropy", "kl", "clip_fraction", "grad_norm"), 0.0)
+
+    monkeypatch.setattr(train_grpo, "update", spy)
+    flags = ["--model", str(start), "--out", str(tmp_path), *SMALL.split(), "--iterations", "1"]
+    config = parse(ActFocusConfig, "", flags)
     run(config, {"grpo": GRPO, "actfocus": FOCUS})
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 

@@ -175,6 +175,17 @@ def test_a_damaged_committed_start_is_refused(empty_cache, tmp_path, monkeypatch
         start_folder("frozenlake")
 
 
+def test_the_home_folder_is_only_asked_for_without_a_cache_of_ones_own(tmp_path, monkeypatch):
+    """A service's user may have none: Path.home() raises there."""
+    home = warm_start_module.Path.home
+    monkeypatch.setattr(warm_start_module.Path, "home", lambda: pytest.fail("home was asked for"))
+    monkeypatch.setenv("ACTFOCUS_CACHE", str(tmp_path))
+    assert warm_start_module.cache_folder() == tmp_path
+    monkeypatch.setattr(warm_start_module.Path, "home", home)
+    monkeypatch.delenv("ACTFOCUS_CACHE")
+    assert warm_start_module.cache_folder() == home() / ".cache" / "actfocus"
+
+
 def test_losing_the_race_to_another_process_is_fine(empty_cache, monkeypatch):
     def slow_build(settings):
         monkeypatch.setattr(warm_start_module, "build", build)

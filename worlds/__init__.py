@@ -3,9 +3,9 @@
     env = make_env("sokoban")                # or frozenlake, sudoku, shop, frozenlake-planned
     env = make_env("frozenlake", thoughts=0, slip=0.2)
 
-Solving any of them earns 1 (Sokoban: up to a tenth more), so that rewards can be compared. Each
-world checks the facts that a turn's reasoning states, in the words of its demonstrations, against
-its own state.
+Solving any of them earns a reward of 1 (in Sokoban up to a tenth more), so that rewards of
+different worlds can be compared. Each world also checks the facts that the reasoning of a turn
+states against the state of the game, as far as they are worded as in its demonstrations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENVIRONMENTS = {
 def make_env(name: str, **options):
     """An environment by name, with its options: `make_env("frozenlake", size=5, slip=0.2)`.
 
-    Raises ValueError for a name that is none, or options that leave no game.
+    Raises ValueError for a name that is not in ENVIRONMENTS, and for options that leave no game.
     """
     if name not in ENVIRONMENTS:
         choices = ", ".join(ENVIRONMENTS)

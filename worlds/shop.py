@@ -1,4 +1,4 @@
-"""A shop: search a catalogue, open what fits, buy it."""
+"""A web shop: search a catalogue, open the items that may fit, and buy one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("shirt", "coat", "scarf", "hat", "bag", "rug")
 COLOURS = ("red", "blue", "green", "black", "white")
 MATERIALS = ("cotton", "wool", "linen", "silk")
 SIZES = ("S", "M", "L")
-PLACES = ("first", "second", "third")  # of what a search found
+PLACES = ("first", "second", "third")  # what texts call the items that a search lists
 
 
 class Item(NamedTuple):
@@ -33,18 +33,20 @@ class Item(NamedTuple):
 
 
 class Shop(World):
-    """Find, look into and buy what an instruction asks for, in a small web shop in the spirit of
-    WebShop.
+    """Find, inspect and buy the item that an instruction asks for, in a small web shop in the
+    spirit of WebShop.
 
-    The catalogue is made from the seed: one item fits, two share its title (colour and kind) and
-    mostly fail elsewhere, the rest have other titles. Search knows titles only; material and sizes
-    are seen by opening an item. Any purchase ends the episode. It earns 1 if title, material, size
-    and price all fit (success), else half of the share of the four that do.
+    The catalogue is made from the seed. One item is made to fit. Two more have the same title (its
+    colour and kind), but their material, sizes and price are drawn at random. The rest have other
+    titles. A search looks at titles only, and an item has to be opened to show its material and
+    sizes. Any purchase ends the episode. It earns 1 if title, material, size and price all fit,
+    which is success, and otherwise half of the share of these four that fit. Raises ValueError for
+    options out of bounds.
     """
 
     unit = "turn"
     skill = 0.55
-    sayings = """A title has a colour and a kind. I cannot see the material before I open an item.
+    filler = """A title has a colour and a kind. I cannot see the material before I open an item.
         Sizes are shown only inside. A cheap item is no use if it does not fit. The price must stay
         in the budget. I can buy only once. Searching by both words gives the best list. Several
         items share a title. Opening an item costs a turn. I should not buy blindly. All wishes have
@@ -78,49 +80,58 @@ class Shop(World):
         self.budget = rng.randrange(30, 80, 10)
         others = [title for title in titles if title != self.title]
         same = [self.title] * len(PLACES)
-        names = same + [rng.choice(others) for _ in range(self.items - len(same))]
+        titles_of_items = same + [rng.choice(others) for _ in range(self.items - len(same))]
         codes = [f"{letter}{digit}" for letter in COLUMNS for digit in range(1, 10)]
-        stock = []
-        for code, title in zip(rng.sample(codes, self.items), names, strict=True):
+        items = []
+        for code, title in zip(rng.sample(codes, self.items), titles_of_items, strict=True):
             sizes = tuple(size for size in SIZES if rng.random() < 0.6) or (rng.choice(SIZES),)
             material = rng.choice(MATERIALS)
-            stock.append(Item(code, title, material, sizes, price=rng.randrange(10, 100, 10)))
-        # the first one fits
-        sizes = tuple(size for size in SIZES if size in stock[0].sizes or size == self.size)
+            items.append(Item(code, title, material, sizes, price=rng.randrange(10, 100, 10)))
+        # The first item is made to fit.
+        sizes = tuple(size for size in SIZES if size in items[0].sizes or size == self.size)
         price = rng.randrange(10, self.budget + 10, 10)
-        stock[0] = stock[0]._replace(material=self.material, sizes=sizes, price=price)
-        self.stock = {item.code: item for item in sorted(stock)}
-        self.results: list[Item] = []  # of the last search
-        self.opened: set[str] = set()
+        items[0] = items[0]._replace(material=self.material, sizes=sizes, price=price)
+        self.catalogue = {item.code: item for item in sorted(items)}
+        self.results: list[Item] = []  # what the last search listed
+        self.opened: set[str] = set()  # the codes of the items that were opened
 
     def demonstrate(self, rng: random.Random, skill: float) -> str:
-        """A turn with true facts about the list, and with probability `skill` the best act: buy
-        what fits, else open what may, else search for the title. The other acts are as sloppy ones
-        as people do: a search by one word, opening any item of the list, buying any with any size.
+        """A turn that states true facts about the list, and with probability `skill` calls the best
+        tool: buy an item that fits; if none is known to fit, open one that may; if there is none
+        either, search for the whole title. Otherwise it does what a careless person may do: search
+        for one word of the title, open any item of the list, or buy any of them in any size.
         """
-        verdicts = self._verdicts().items()
-        best = [("buy", {"item": code, "size": self.size}) for code, v in verdicts if v == "fits"]
-        best = best or [("open", {"item": code}) for code, v in verdicts if v == "may fit"]
-        best = best or [("search", {"query": self.title})]
-        sloppy = [("search", {"query": rng.choice(self.title.split())})]
+        verdicts = self._verdicts()
+        fitting = [code for code in verdicts if verdicts[code] == "fits"]
+        possible = [code for code in verdicts if verdicts[code] == "may fit"]
+        if fitting:
+            best = [("buy", {"item": code, "size": self.size}) for code in fitting]
+        elif possible:
+            best = [("open", {"item": code}) for code in possible]
+        else:
+            best = [("search", {"query": self.title})]
+        careless = [("search", {"query": rng.choice(self.title.split())})]
         if self.results:
             code = rng.choice(self.results).code
-            sloppy += [("open", {"item": code}), ("buy", {"item": code, "size": rng.choice(SIZES)})]
+            careless.append(("open", {"item": code}))
+            careless.append(("buy", {"item": code, "size": rng.choice(SIZES)}))
         thought = self._think(self._facts(rng), rng)
-        return write_turn(thought, *choose(rng, skill, best, sloppy))
+        name, arguments = choose(rng, skill, best, careless)
+        return write_turn(thought, name, arguments)
 
     def _facts(self, rng: random.Random) -> list[str]:
+        """What is wanted, and what is known of each item of the list."""
         want = rng.choice(["I want", "I look for"])
         wish = f"{want} a {self.title} of {self.material}, size {self.size}, up to {self.budget}."
         if not self.results:
             return [wish, "The list is empty."]
         verdicts = zip(PLACES, self._verdicts().items(), strict=False)
-        said = ", ".join(f"{place} {code} {verdict}" for place, (code, verdict) in verdicts)
-        return [wish, f"{rng.choice(['Of these', 'Here'])} {said}."]
+        known = ", ".join(f"{place} {code} {verdict}" for place, (code, verdict) in verdicts)
+        return [wish, f"{rng.choice(['Of these', 'Here'])} {known}."]
 
     def _verdicts(self) -> dict[str, str]:
-        """What is known of every item of the list, by code: "fits", "may fit" while it is not open,
-        or the first thing that it "fails on"."""
+        """What is known of every item of the list, by code: that it "fits", that it "may fit" as
+        long as it has not been opened, or the first property that it "fails on"."""
         verdicts = {}
         for item in self.results:
             verdict = "may fit"
@@ -143,14 +154,14 @@ class Shop(World):
             r"size (\w)\b": {self.size},
             r"up to (\d+)": {str(self.budget)},
             r"The list is (empty)": set() if self.results else {"empty"},
-            # nothing is known of items that are not in the list
+            # Nothing is known of items that are not in the list, so any such statement is false.
             rf"\b((?!{listed})[a-i][1-9] (?:fits|may fit|fails on \w+))": set(),
         }
 
     def _play(self, call: Call) -> Effect:
         if call.name == "search":
             return self._search(call.arguments["query"])
-        item = self.stock.get(call.arguments["item"])
+        item = self.catalogue.get(call.arguments["item"])
         if item not in self.results:
             return Effect("The list has no such item.")
         if call.name == "buy":
@@ -160,9 +171,9 @@ class Shop(World):
 
     def _search(self, query: str) -> Effect:
         words = set(re.findall(r"[a-z]+", query.lower()))
-        found = {item: len(words & set(item.title.split())) for item in self.stock.values()}
-        ranked = sorted(found, key=lambda item: (-found[item], item.code))
-        self.results = [item for item in ranked if found[item]][: len(PLACES)]
+        matches = {item: len(words & set(item.title.split())) for item in self.catalogue.values()}
+        ranked = sorted(matches, key=lambda item: (-matches[item], item.code))
+        self.results = [item for item in ranked if matches[item] > 0][: len(PLACES)]
         if not self.results:
             return Effect("No title has any of these words.")
         return Effect(f"Found {len(self.results)}.")
@@ -170,11 +181,16 @@ class Shop(World):
     def _buy(self, item: Item, size: str) -> Effect:
         if size not in item.sizes:
             return Effect(f"{item.code} is not to be had in size {size}.")
-        met = [item.title == self.title, item.price <= self.budget]
-        met += [item.material == self.material, size == self.size]
-        reward = 1.0 if all(met) else sum(met) / 8
-        said = f"You bought {item.code} in size {size}."
-        return Effect(said, reward, finished=True, success=all(met))
+        wishes = [
+            item.title == self.title,
+            item.price <= self.budget,
+            item.material == self.material,
+            size == self.size,
+        ]
+        success = all(wishes)
+        reward = 1.0 if success else 0.5 * wishes.count(True) / len(wishes)
+        message = f"You bought {item.code} in size {size}."
+        return Effect(message, reward, finished=True, success=success)
 
     def _show(self) -> list[str]:
         lines = []

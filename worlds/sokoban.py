@@ -1,4 +1,4 @@
-"""Sokoban: push every box onto a target; a wrong push can be final."""
+"""Sokoban: push every box onto a target. A wrong push can make a level unsolvable."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ from envs import (
     write_turn,
 )
 
-Boxes = tuple[Cell, ...]  # sorted
-State = tuple[Cell, Boxes]  # where the player is, where the boxes are
+Boxes = tuple[Cell, ...]  # the cells of the boxes, sorted
+State = tuple[Cell, Boxes]  # the cell of the player, and the boxes
+UNSOLVABLE = 99  # stands for the moves that a state needs which cannot be solved in time
 
 
 class Sokoban(World):
-    """Push every box X onto a target T. Boxes cannot be pulled: a wrong push can be final.
+    """Push every box X onto a target T. Boxes cannot be pulled, so a wrong push can be final.
 
-    A level is solvable by construction: its walls and targets are drawn first, a search backwards
-    from every solved state finds how many moves each state needs, and the start is drawn from those
-    that need from 2 moves to 3 fewer than there are. Rewards are those of a public implementation
-    of Sokoban over ten, so that solving earns 1 as elsewhere: -0.01 a move, 0.1 a box on a target
-    (-0.1 off), 1 at the end, and -0.01 for a malformed turn (the paper's -0.1 over ten). `size`
-    counts the surrounding wall, as is usual. Raises ValueError for options out of bounds.
+    A level is solvable by construction. Its walls and targets are drawn first. A search backwards
+    from every solved state then finds how many moves each state needs, and the level begins in one
+    that needs at least 2 moves and at most 3 fewer than the episode has.
+
+    The rewards are those of a public implementation of Sokoban divided by ten, so that solving
+    earns 1 as in the other worlds: -0.01 for a move, 0.1 for a box on a target (-0.1 if it is
+    pushed off again), 1 at the end, and -0.01 for a malformed turn (the paper's -0.1 over ten).
+    `size` counts the surrounding wall, as is usual. Raises ValueError for options out of bounds.
     """
 
     skill = 0.57
     turn_cost = 0.01
     format_penalty = World.format_penalty / 10
-    sayings = """A box can be pushed, but never pulled. A box in a corner is lost. I have to stand
+    filler = """A box can be pushed, but never pulled. A box in a corner is lost. I have to stand
         behind the box to push it. Walls limit where a box can go. Before a push I think about the
         one after it. A wrong push can be final. Walking around the box takes moves too. The target
         is where the box should end. Moves that push nothing still cost a little. I must get to the
@@ -69,22 +72,22 @@ class Sokoban(World):
 
     def _lay_out(self, seed: int) -> None:
         level = sokoban_level(seed, self.inside, self.boxes_wanted, self.walls_wanted, self.limit)
-        self.free, self.targets, (self.player, self.boxes), self.distance = level
+        self.floor, self.targets, (self.player, self.boxes), self.distance = level
 
     def demonstrate(self, rng: random.Random, skill: float) -> str:
-        """A turn with true facts, and with probability `skill` a move that brings the solution
-        nearer; else one of the others."""
-        here = self._needs((self.player, self.boxes))
-        best = [name for name in DIRECTIONS if self._needs(self._after(name)) < here]
+        """A turn that states true facts, and with probability `skill` makes a move that brings the
+        solution nearer; otherwise another move."""
+        here = self._moves_needed((self.player, self.boxes))
+        best = [name for name in DIRECTIONS if self._moves_needed(self._after(name)) < here]
         move = {"direction": choose(rng, skill, best, list(DIRECTIONS))}
         return write_turn(self._think(self._facts(rng), rng), "move", move)
 
     def _facts(self, rng: random.Random) -> list[str]:
-        """Where everything is, what is around, and where a box can next be pushed towards the
-        solution (or at all)."""
+        """Where everything is, what is around the player, and the push that leads to the solution
+        in the fewest moves."""
         where = f"{rng.choice(['I am', 'I stand', 'P is'])} on {cell_name(self.player)}"
-        free_targets = [target for target in self.targets if target not in self.boxes]
-        for name, cells in (("X", self._loose_boxes()), ("T", free_targets)):
+        open_targets = [target for target in self.targets if target not in self.boxes]
+        for name, cells in (("X", self._boxes_off_target()), ("T", open_targets)):
             for cell in cells:
                 where += f", {name} is on {cell_name(cell)}, {name} lies {self._from_player(cell)}"
         sides = [f"{side} is {self._name_of(side)}" for side in rng.sample(list(DIRECTIONS), 4)]
@@ -92,7 +95,7 @@ class Sokoban(World):
         pushes = self._pushes()
         if not pushes:
             return [f"{where}.", around, "X is stuck."]
-        shuffled = rng.sample(sorted(pushes), len(pushes))  # so that ties fall to any
+        shuffled = rng.sample(sorted(pushes), len(pushes))  # any of several that are equally good
         start, way = min(shuffled, key=pushes.get)
         return [f"{where}.", around, f"From {cell_name(start)} X goes {way}."]
 
@@ -112,57 +115,63 @@ class Sokoban(World):
     def _from_player(self, cell: Cell) -> str:
         return " ".join(offset(self.player, cell)) or "here"
 
-    def _needs(self, state: State) -> int:
-        return self.distance.get(state, 99)  # 99: lost, or not to be solved in time
+    def _moves_needed(self, state: State) -> int:
+        return self.distance.get(state, UNSOLVABLE)
 
-    def _loose_boxes(self) -> list[Cell]:
+    def _boxes_off_target(self) -> list[Cell]:
         return [box for box in self.boxes if box not in self.targets]
 
     def _name_of(self, side: str) -> str:
         cell = neighbour(self.player, side)
-        if cell not in self.free:
+        if cell not in self.floor:
             return "wall"
         if cell in self.boxes:
             return "box"
         return "target" if cell in self.targets else "floor"
 
     def _pushes(self) -> dict[tuple[Cell, str], int]:
-        """Every push that walls and boxes allow, as (cell to push from, direction): about how many
-        moves it and the rest take."""
+        """Every push that walls and boxes allow, by the cell to push from and the direction; the
+        value is about how many moves walking there, the push and the rest of the level take."""
         pushes = {}
         for box in self.boxes:
             for way in DIRECTIONS:
                 start = neighbour(box, way, -1)
-                if {start, neighbour(box, way)} <= self.free - set(self.boxes):
-                    walk = len(shortest_walk(self.player, start))  # boxes may be in the way
-                    pushes[start, way] = walk + 1 + self._needs(self._after(way, start))
+                if {start, neighbour(box, way)} <= self.floor - set(self.boxes):
+                    walk = len(shortest_walk(self.player, start))  # more if a box is in the way
+                    rest = self._moves_needed(self._after(way, start))
+                    pushes[start, way] = walk + 1 + rest
         return pushes
 
     def _after(self, direction: str, player: Cell | None = None) -> State:
-        """The state after a move of the player (None: from where it is); the same state if a wall
-        or a second box is in the way."""
-        player = player or self.player
-        there, beyond = neighbour(player, direction), neighbour(player, direction, 2)
-        blocked = beyond not in self.free or beyond in self.boxes
-        if there not in self.free or (there in self.boxes and blocked):
+        """The state after a move. It is the same state if a wall or a second box is in the way.
+        player: the cell to move from; None means where the player stands."""
+        if player is None:
+            player = self.player
+        there = neighbour(player, direction)
+        beyond = neighbour(player, direction, 2)
+        box_is_blocked = beyond not in self.floor or beyond in self.boxes
+        if there not in self.floor or (there in self.boxes and box_is_blocked):
             return player, self.boxes
         return there, with_box_moved(self.boxes, there, beyond)
 
     def _play(self, call: Call) -> Effect:
         direction = call.arguments["direction"]
-        player, boxes, loose = self.player, self.boxes, len(self._loose_boxes())
+        player = self.player
+        boxes = self.boxes
+        off_target = len(self._boxes_off_target())
         self.player, self.boxes = self._after(direction)
         if self.player == player:
             return Effect(f"You cannot move {direction}.")
-        said = f"You {'moved' if self.boxes == boxes else 'pushed the box'} {direction}."
-        gain = 0.1 * (loose - len(self._loose_boxes()))
-        if self._loose_boxes():
-            return Effect(said, gain)
-        return Effect(f"{said} Every box is on a target.", 1 + gain, finished=True, success=True)
+        message = f"You {'moved' if self.boxes == boxes else 'pushed the box'} {direction}."
+        gain = 0.1 * (off_target - len(self._boxes_off_target()))
+        if self._boxes_off_target():
+            return Effect(message, gain)
+        message += " Every box is on a target."
+        return Effect(message, 1 + gain, finished=True, success=True)
 
     def _show(self) -> list[str]:
         cells = {(row, column) for row in range(self.inside) for column in range(self.inside)}
-        symbols = dict.fromkeys(cells - self.free, "#") | dict.fromkeys(self.targets, "T")
+        symbols = dict.fromkeys(cells - self.floor, "#") | dict.fromkeys(self.targets, "T")
         symbols |= {box: "*" if box in self.targets else "X" for box in self.boxes}
         symbols[self.player] = "+" if self.player in self.targets else "P"
         status = f"P {cell_name(self.player)}"
@@ -173,48 +182,50 @@ class Sokoban(World):
 
 
 def neighbour(cell: Cell, direction: str, steps: int = 1) -> Cell:
+    """The cell so many steps in a direction; it may be outside the room."""
     down, right = DIRECTIONS[direction]
     return cell[0] + steps * down, cell[1] + steps * right
 
 
 def with_box_moved(boxes: Boxes, start: Cell, end: Cell) -> Boxes:
-    """The boxes after the one on `start`, if there is one, has moved to `end`."""
+    """The boxes after the one on `start` has moved to `end`; the same if there is none there."""
     return tuple(sorted(end if box == start else box for box in boxes))
 
 
-@functools.lru_cache(maxsize=1024)  # the rollouts of a group share their level
+@functools.lru_cache(maxsize=1024)  # all rollouts of a group play the same level
 def sokoban_level(
     seed: int, inside: int, boxes: int, walls: int, moves: int
 ) -> tuple[set[Cell], Boxes, State, dict[State, int]]:
-    """The cells that are not wall, the targets, the start, and how many moves every state needs
-    that can be solved in time."""
+    """The level of a seed: the cells that are not wall, the targets, the state that it begins in,
+    and the number of moves to the solution, for every state that can be solved in time."""
     rng = random.Random(f"sokoban {seed}")
     cells = [(row, column) for row in range(inside) for column in range(inside)]
     starts = []
     while not starts:
         drawn = rng.sample(cells, boxes + walls)
         targets = tuple(sorted(drawn[:boxes]))
-        free = set(cells) - set(drawn[boxes:])
-        distance = solution_lengths(free, targets, moves)
+        floor = set(cells) - set(drawn[boxes:])
+        distance = solution_lengths(floor, targets, moves)
         fitting = [state for state, left in distance.items() if 2 <= left <= moves - 3]
         starts = [state for state in fitting if not set(state[1]) & set(targets)]
-    return free, targets, rng.choice(starts), distance
+    return floor, targets, rng.choice(starts), distance
 
 
-def solution_lengths(free: set[Cell], targets: Boxes, most: int) -> dict[State, int]:
-    """Moves to the nearest solved state, for every state that needs at most `most` (breadth first,
-    moves undone)."""
-    queue = [(player, targets) for player in sorted(free - set(targets))]
+def solution_lengths(floor: set[Cell], targets: Boxes, most: int) -> dict[State, int]:
+    """The number of moves to the nearest solved state, for every state that needs at most `most`.
+    The search is breadth first, begins at the solved states and undoes one move at a time."""
+    queue = [(player, targets) for player in sorted(floor - set(targets))]
     distance = dict.fromkeys(queue, 0)
-    for player, boxes in queue:  # grows while it is read
+    for player, boxes in queue:  # the queue grows while it is read
         left = distance[player, boxes] + 1
         if left > most:
             break
         for direction in DIRECTIONS:
             before = neighbour(player, direction, -1)
-            if before not in free or before in boxes:
+            if before not in floor or before in boxes:
                 continue
-            came_from = [(before, boxes)]  # by walking, or by pushing the box that is now ahead
+            # The player walked here, or pushed the box that is now ahead.
+            came_from = [(before, boxes)]
             ahead = neighbour(player, direction)
             if ahead in boxes:
                 came_from.append((before, with_box_moved(boxes, ahead, player)))
