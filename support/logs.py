@@ -15,6 +15,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ def appended_files(out: Path) -> list[Path]:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; once that is done, it takes the name. Whoever opens `path`
-    finds the old content or the new one, also if the process dies on the way.
+    finds the old content or the new one, also if the process dies or the power fails on the way.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "page.html"
@@ -176,6 +177,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     aside = path.with_stem(f"{path.stem}.unfinished")  # the ending says which format it has
     yield aside
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
     aside.replace(path)
 
 
@@ -372,8 +375,8 @@ def compared(out: Path, path: Path, baseline: Path) -> list[str]:
     training = paired_difference(out / "prompts.csv", path.stem, baseline.stem)
     evaluation = paired_difference(out / "evaluations.csv", path.stem, baseline.stem, last)
     return [
-        f"{path.stem} minus {baseline.stem}, in percentage points, over the prompts of both (of "
-        "this seed; another may differ):",
+        f"{path.stem} minus {baseline.stem}, in percentage points, over the prompts that both "
+        "played (of one seed; another may differ):",
         f"  in training: {difference_in_words(*training)}",
         f"  evaluation after {last} iterations: {difference_in_words(*evaluation)}",
     ]

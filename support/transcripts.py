@@ -12,6 +12,7 @@ escaped, and whatever cannot be seen is written out.
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import math
@@ -118,20 +119,18 @@ def described(
     policy: Policy, rollouts: Rollouts, row: int, frozen: TokenStats, weights: Tensor
 ) -> Episode:
     """An episode with all that a page says of its tokens. frozen, weights: (B, T)."""
+    of_tokens = (
+        weights, frozen.energy, frozen.entropy, rollouts.old_logprob, frozen.logprob
+    )  # fmt: skip
+    numbers = torch.stack([values[row].float() for values in of_tokens], dim=1).tolist()  # (T, 5)
+    labels = rollouts.labels[row].tolist()
     shown = []
     for text, position in pieces(policy, rollouts, row):
         if position is None:
             shown.append(text)
             continue
-        numbers = (
-            weights[row, position],
-            frozen.energy[row, position],
-            frozen.entropy[row, position],
-            rollouts.old_logprob[row, position],
-            frozen.logprob[row, position],
-        )
-        kind = Segment(rollouts.labels[row, position].item()).name
-        shown.append(Token(text, kind, *(round(number.item(), 4) for number in numbers)))
+        kind = Segment(labels[position]).name
+        shown.append(Token(text, kind, *(round(number, 4) for number in numbers[position])))
     return Episode(
         success=rollouts.success[row].item(),
         reward=rollouts.rewards[row].item(),
@@ -306,7 +305,7 @@ def piece_as_html(piece: Token | str) -> str:
         f"log-probability {piece.logprob:z.2f} (frozen model: {piece.frozen_logprob:z.2f})"
     )  # z: no minus before a zero
     ink = "#fff" if piece.weight > DARK else "#000"
-    style = f"background:{color_of(piece.weight)};color:{ink}"
+    style = f"background:{color_of(round(piece.weight, 2))};color:{ink}"
     text = html.escape(piece.text).replace("\n", "<i>⏎</i>\n")
     kind = html.escape(piece.kind)
     return f'<b class="{kind}" style="{style}" data-tip="{html.escape(tip)}">{text}</b>'
@@ -319,6 +318,7 @@ def badge(episode: Episode) -> str:
     return '<em class="failure">✗ failure</em>'
 
 
+@functools.cache  # most tokens of a page have one of few weights
 def color_of(weight: float) -> str:
     """The colour of a weight, as #rrggbb."""
     return to_hex(COLORS(SCALE(weight)))
