@@ -41,7 +41,7 @@ from tqdm import tqdm
 from actfocus import group_advantages, most_varied_groups
 from arms import ARMS, Arm
 from energy import TokenStats
-from fused_loss import LossSettings, PolicyLoss, fused_policy_loss
+from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy, load_policy
 from rollout import Rollouts, check_prompt_fits, repeated, rollout, score_all, scored_hidden
 from support import logs, memory, transcripts
@@ -227,7 +227,7 @@ def update(
         entropy_coef=config.entropy_coef,
         kl_coef=config.kl_coef,
     )
-    meter = UpdateMeter(config)
+    meter = logs.UpdateMeter(config.clip_low, config.clip_high)
     order = torch.tensor(rng.sample(range(len(advantages)), len(advantages)))
     for minibatch in order.split(config.minibatch):
         normalizer = weights[minibatch].sum()
@@ -256,49 +256,6 @@ def update(
         difference = (rollouts.old_logprob - frozen.logprob) * rollouts.response
         columns["kl_reference"] = difference.sum().item() / rollouts.response.sum().item()
     return columns
-
-
-class UpdateMeter:
-    """What is logged of an update: means over tokens, and over optimizer steps."""
-
-    def __init__(self, config: Config):
-        self.clip_low, self.clip_high = config.clip_low, config.clip_high
-        self.sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
-        self.norms: list[float] = []
-        self.cosines: list[float] = []
-        self.last_gradient: Tensor | None = None
-
-    def add_micro_batch(
-        self, result: PolicyLoss, old_logprob: Tensor, advantage: Tensor, count: Tensor
-    ) -> None:
-        """All but `count`, the tokens of the whole mini-batch, are of N tokens."""
-        log_ratio = result.logprob - old_logprob
-        ratio = log_ratio.exp()
-        above = (ratio > 1 + self.clip_high) & (advantage > 0)
-        below = (ratio < 1 - self.clip_low) & (advantage < 0)
-        self.sums["loss"] += (result.loss.detach() * count).item()
-        self.sums["entropy"] += result.entropy.double().sum().item()
-        self.sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
-        self.sums["clip_fraction"] += (above | below).sum().item()
-
-    def add_gradient(self, model: torch.nn.Module) -> None:
-        """How much successive mini-batches agree; too large a model is left out."""
-        gradient = logs.flat_gradient(model)  # (P,) or None
-        if self.last_gradient is not None:
-            cosine = torch.cosine_similarity(self.last_gradient, gradient, dim=0)
-            self.cosines.append(cosine.item())
-        self.last_gradient = gradient
-
-    def add_step(self, norm: float) -> None:
-        self.norms.append(norm)
-
-    def columns(self, tokens: int) -> dict[str, float]:
-        found = {name: total / tokens for name, total in self.sums.items()}
-        found["grad_norm"] = sum(self.norms) / len(self.norms)
-        found["skipped_updates"] = sum(not math.isfinite(norm) for norm in self.norms)
-        if self.cosines:
-            found["gradient_agreement"] = sum(self.cosines) / len(self.cosines)
-        return found
 
 
 class Guard:

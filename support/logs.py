@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arms import ARMS
+from fused_loss import PolicyLoss
 from policy import Policy
 from rollout import Rollouts
 
@@ -450,6 +451,52 @@ def equal_groups(rewards: Tensor, group_size: int) -> float:
     """
     groups = rewards.view(-1, group_size)  # (P, G)
     return (groups == groups[:, :1]).all(dim=1).float().mean().item()
+
+
+class UpdateMeter:
+    """What is logged of an iteration's updates: means over tokens, and over optimizer steps."""
+
+    def __init__(self, clip_low: float, clip_high: float):
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
+        self.norms: list[float] = []
+        self.cosines: list[float] = []
+        self.last_gradient: Tensor | None = None
+
+    def add_micro_batch(
+        self, result: PolicyLoss, old_logprob: Tensor, advantage: Tensor, count: Tensor
+    ) -> None:
+        """All but `count`, the tokens of the whole mini-batch, are of N tokens."""
+        log_ratio = result.logprob - old_logprob
+        ratio = log_ratio.exp()
+        above = (ratio > 1 + self.clip_high) & (advantage > 0)
+        below = (ratio < 1 - self.clip_low) & (advantage < 0)
+        self.sums["loss"] += (result.loss.detach() * count).item()
+        self.sums["entropy"] += result.entropy.double().sum().item()
+        self.sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
+        self.sums["clip_fraction"] += (above | below).sum().item()
+
+    def add_gradient(self, model: torch.nn.Module) -> None:
+        """How much successive mini-batches agree; too large a model is left out."""
+        gradient = flat_gradient(model)  # (P,) or None
+        if self.last_gradient is not None:
+            cosine = torch.cosine_similarity(self.last_gradient, gradient, dim=0)
+            self.cosines.append(cosine.item())
+        self.last_gradient = gradient
+
+    def add_step(self, norm: float) -> None:
+        """norm: of the mini-batch's gradient, before it is clipped."""
+        self.norms.append(norm)
+
+    def columns(self, tokens: int) -> dict[str, float]:
+        """Columns of the log. tokens: that were trained on."""
+        found = {name: total / tokens for name, total in self.sums.items()}
+        found["grad_norm"] = sum(self.norms) / len(self.norms)
+        found["skipped_updates"] = sum(not math.isfinite(norm) for norm in self.norms)
+        if self.cosines:
+            found["gradient_agreement"] = sum(self.cosines) / len(self.cosines)
+        return found
 
 
 def batch_statistics(
