@@ -56,9 +56,10 @@ def left_behind(out):
         with (out / f"{name}.csv").open(newline="") as file:
             rows = [dict(row, seconds="", seconds_play="") for row in csv.DictReader(file)]
         found[name] = rows
-    for path in [out / "samples.txt", *out.glob("*/model.safetensors")]:
+    saved = [*out.glob("*/model.safetensors"), *out.glob("episodes/*.json")]
+    for path in [out / "samples.txt", out / "episodes.html", *saved]:
         found[str(path.relative_to(out))] = path.read_bytes()
-    assert len(found) == 6
+    assert len(found) == 11
     return found
 
 
