@@ -53,6 +53,12 @@ class Rollouts:
     turns_without_facts: Tensor  # (B,) int64: turns whose reasoning states no fact about the board
     facts: Tensor  # (B,) int64: facts stated in all turns
     true_facts: Tensor  # (B,) int64
+    # (B, T) float32: what was noted while sampling. It is old_logprob until that is taken anew.
+    sampled_logprob: Tensor | None = None
+
+    def __post_init__(self):
+        if self.sampled_logprob is None:
+            self.sampled_logprob = self.old_logprob
 
     @property
     def response(self) -> Tensor:

@@ -52,6 +52,8 @@ COLUMNS = {
     "kl_reference": "KL from the policy that played to the frozen reference, per token (k1 "
     "estimate; only with --kl-coef)",
     "clip_fraction": "share of generated tokens whose probability ratio is clipped",
+    "sampling_gap": "largest difference, in nats, between the log-prob of a token when it was "
+    "sampled and in the first training pass, before the policy has moved: rounding",
     "grad_norm": "norm of the gradient before clipping, mean over the updates",
     "skipped_updates": "updates that were left out because their gradient was not finite",
     "gradient_agreement": "mean cosine between the gradients of successive mini-batches (empty for "
@@ -463,6 +465,7 @@ class UpdateMeter:
         self.norms: list[float] = []
         self.cosines: list[float] = []
         self.last_gradient: Tensor | None = None
+        self.gaps: list[Tensor] = []
 
     def add_micro_batch(
         self, result: PolicyLoss, old_logprob: Tensor, advantage: Tensor, count: Tensor
@@ -476,6 +479,14 @@ class UpdateMeter:
         self.sums["entropy"] += result.entropy.double().sum().item()
         self.sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
         self.sums["clip_fraction"] += (above | below).sum().item()
+
+    def add_sampling_gaps(self, gaps: Tensor) -> None:
+        """gaps: (N,), log-probs of the training pass less those that were noted while sampling."""
+        self.gaps.append(gaps)
+
+    def sampling_gaps(self) -> Tensor:
+        """(N,): all that were added."""
+        return torch.cat(self.gaps)
 
     def add_gradient(self, model: torch.nn.Module) -> None:
         """How much successive mini-batches agree; too large a model is left out."""
@@ -494,6 +505,8 @@ class UpdateMeter:
         found = {name: total / tokens for name, total in self.sums.items()}
         found["grad_norm"] = sum(self.norms) / len(self.norms)
         found["skipped_updates"] = sum(not math.isfinite(norm) for norm in self.norms)
+        if self.gaps:
+            found["sampling_gap"] = self.sampling_gaps().abs().max().item()
         if self.cosines:
             found["gradient_agreement"] = sum(self.cosines) / len(self.cosines)
         return found

@@ -597,6 +597,27 @@ def test_arms_differ_in_their_weights_only(start, tmp_path, monkeypatch):
     assert (weights[~rollouts.response] == 0).all()
 
 
+def test_a_model_that_plays_otherwise_than_it_trains_is_found_out(
+    both_arms, start, tmp_path, monkeypatch
+):
+    """The log-probs noted while sampling are held against those of the first training pass."""
+    for name in ("grpo", "actfocus"):
+        assert max(column(both_arms[0] / f"{name}.csv", "sampling_gap")[1]) < 1e-3
+    play = train_grpo.play
+
+    def play_otherwise(*args, **options):
+        rollouts = play(*args, **options)
+        rollouts.sampled_logprob = rollouts.sampled_logprob - 0.2
+        return rollouts
+
+    monkeypatch.setattr(train_grpo, "play", play_otherwise)
+    flags = ["--model", str(start), *SMALL.split(), "--iterations", "1", "--out"]
+    with pytest.raises(SystemExit, match="the sampling of the same tokens differ by 0.2 nats"):
+        run(parse(Config, "", [*flags, str(tmp_path / "float32")]), {"grpo": GRPO})
+    # In bfloat16, rounding alone makes some hundredths of a nat: 0.2 is let pass.
+    run(parse(Config, "", [*flags, str(tmp_path / "bfloat16"), "--bfloat16"]), {"grpo": GRPO})
+
+
 def test_the_fused_loss_trains_as_the_plain_one(start, tmp_path, monkeypatch):
     """A fixed-seed run gives the same CSV within float tolerance, whether the loss is fused or
     written out."""
