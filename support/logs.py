@@ -239,14 +239,23 @@ def t_interval(values: Sequence[float]) -> float:
 
 def measures(log: Path, threshold: float) -> dict[str, float]:
     """MEASURES of a run, by its log."""
-    iterations, success = (np.array(values) for values in column(log, "eval_success"))
+    training = column(log, "train_success")[1]
+    return measures_of(column(log, "eval_success"), training, threshold)
+
+
+def measures_of(
+    evaluations: tuple[Sequence[int], Sequence[float]], training: Sequence[float], threshold: float
+) -> dict[str, float]:
+    """MEASURES of a run, by the iterations and success of its evaluations and the success of its
+    training rollouts, one an iteration."""
+    iterations, success = (np.array(values) for values in evaluations)
     of_three = np.convolve(success, np.full(3, 1 / 3), "valid") if len(success) > 2 else success
     return {
         "final": 100 * success[-1],
         "peak": 100 * of_three.max(),
         "fall": 100 * (of_three.max() - of_three[-1]),
         "area": 100 * np.trapezoid(success, iterations) / iterations[-1],
-        "training": 100 * float(np.mean(column(log, "train_success")[1])),
+        "training": 100 * float(np.mean(training)),
         "reach": min(iterations[success >= threshold], default=np.inf),
     }
 

@@ -2,9 +2,7 @@
 house stands as it says."""
 
 import ast
-import csv
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -25,7 +23,10 @@ from energy import token_energy
 from envs import Step, read_call, tool_schema, write_turn
 from rollout import rollout
 from segment import Segment, segment_batch
-from support.logs import COLUMNS, measures, t_interval
+from studies.data import RUN, all_runs, diagnoses, runs_of
+from studies.runs import experiments_table
+from studies.tables import all_tables
+from support.logs import COLUMNS, t_interval
 from worlds import ENVIRONMENTS, make_env
 
 ROOT = Path(__file__).parents[1]
@@ -190,17 +191,16 @@ def test_files_import_only_from_rows_above_and_as_the_table_says():
 
 # -------------------------------------------------------------------------------------- its figures
 COMPARED = ("grpo", "actfocus", "ppo", "ppo-actfocus", "placebo")
+DIFFERENCE = r"[+-]?\d+\.\d+ ± \d+\.\d+"
 
 
 def test_the_table_of_the_readme_is_that_of_the_logs():
     """An arm a row: means over eight seeds, and differences to GRPO's of the same seed."""
     found = {}
     for arm in COMPARED:
-        folder = ROOT / "results" / "compare" / "frozenlake"
-        logs = [folder / f"{arm}-seed{seed}" / f"{arm}.csv" for seed in range(8)]
-        found[arm] = [measures(log, threshold=0.5) for log in logs]
-        for log in logs:
-            assert set(log.read_text().splitlines()[0].split(",")) <= set(COLUMNS)
+        runs = runs_of("compare", arm=arm)
+        assert list(runs) == list(range(8))
+        found[arm] = [run.measures(threshold=0.5) for run in runs.values()]
     for arm, runs in found.items():
         cells = [ARMS[arm].label]
         for name in ("final", "area", "training"):
@@ -217,12 +217,15 @@ def test_the_table_of_the_readme_is_that_of_the_logs():
 
 def test_the_page_of_signals_has_the_figures_of_their_tables():
     page = (ROOT / "results" / "signal.md").read_text()
-    folders = sorted((ROOT / "results" / "signal").glob("*/signal.csv"))
-    assert len(folders) >= 7
-    for path in folders:
-        with path.open() as file:
-            rows = {row["name"]: row for row in csv.DictReader(file)}
-        cells = [path.parent.name, f"{float(rows['action']['token_share']):.0%}"]
+    found = {
+        name.removeprefix("signal/"): rows
+        for name, rows in diagnoses("signal").items()
+        if name.startswith("signal/") and "null" not in name
+    }
+    assert len(found) >= 7
+    for diagnosis, rows in found.items():
+        rows = {row["name"]: row for row in rows}
+        cells = [diagnosis, f"{float(rows['action']['token_share']):.0%}"]
         for name in ("reasoning", "action", "grpo", "actfocus", "placebo"):
             cells.append(f"{float(rows[name]['adam_ratio']):.3f}")
         ends = [float(rows["actfocus"][f"adam_gain{end}"]) for end in ("", "_low", "_high")]
@@ -230,7 +233,25 @@ def test_the_page_of_signals_has_the_figures_of_their_tables():
         assert f"| {' | '.join(cells)} |" in page, cells
 
 
-def test_the_notebook_lists_every_run(capsys):
-    runpy.run_module("studies.runs")["main"]([])
-    table = capsys.readouterr().out
-    assert table in (ROOT / "results" / "training-runs.md").read_text()
+def test_the_page_of_tables_is_that_of_the_data():
+    assert (ROOT / "results" / "tables.md").read_text() == all_tables()
+
+
+def test_the_differences_that_pages_cite_are_in_the_tables():
+    """Every "+1.2 ± 3.4" of the README and of two pages is one that results/tables.md has; one that
+    is written without a sign may have either."""
+    signed = set(re.findall(DIFFERENCE, (ROOT / "results" / "tables.md").read_text()))
+    tables = signed | {number.lstrip("+-") for number in signed}
+    cited = []
+    for page in ("README.md", "results/evidence.md", "results/signal.md"):
+        cited += [(page, n) for n in re.findall(DIFFERENCE, (ROOT / page).read_text())]
+    assert len(cited) > 30
+    for page, number in cited:
+        assert number in tables, (page, number)
+
+
+def test_the_notebook_lists_every_run():
+    page = (ROOT / "results" / "training-runs.md").read_text()
+    assert experiments_table() in page
+    for run in all_runs():
+        assert set(run.rows[0]) - set(RUN) <= set(COLUMNS)
