@@ -23,6 +23,7 @@ from energy import token_energy
 from envs import Step, read_call, tool_schema, write_turn
 from rollout import rollout
 from segment import Segment, segment_batch
+from studies import figures
 from studies.data import RUN, all_runs, diagnoses, runs_of
 from studies.runs import experiments_table
 from studies.tables import all_tables
@@ -191,6 +192,8 @@ def test_files_import_only_from_rows_above_and_as_the_table_says():
 
 # -------------------------------------------------------------------------------------- its figures
 COMPARED = ("grpo", "actfocus", "ppo", "ppo-actfocus", "placebo")
+INTERVAL = r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]"
+PICTURE = r"!\[[^]]*\]\(([^)]+)\)"
 DIFFERENCE = r"[+-]?\d+\.\d+ ± \d+\.\d+"
 
 
@@ -248,6 +251,44 @@ def test_the_differences_that_pages_cite_are_in_the_tables():
     assert len(cited) > 30
     for page, number in cited:
         assert number in tables, (page, number)
+
+
+def test_the_intervals_that_pages_cite_are_in_the_data():
+    """Every "+0.12 [-0.03, +0.27]" is a ratio, a gain or a rank correlation of a diagnosis, or it
+    is in results/tables.md; but for three, which the pages say were measured otherwise."""
+    known = set(re.findall(INTERVAL, (ROOT / "results" / "tables.md").read_text()))
+    known |= {"0.010 [-0.026, 0.046]", "-0.009 [-0.020, 0.002]", "+0.15 [-0.07, +0.37]"}
+    for table, names in (
+        ("signal", ("adam_ratio", "adam_gain", "raw_ratio", "raw_gain")),
+        ("correlations", ("rho",)),
+    ):
+        for row in (row for rows in diagnoses(table).values() for row in rows):
+            for name in names:
+                ends = ("low", "", "high") if name == "rho" else ("_low", "", "_high")
+                columns = [end if name == "rho" and end else f"{name}{end}" for end in ends]
+                low, value, high = (float(row[column]) for column in columns)
+                for form in ("{:.3f} [{:.3f}, {:.3f}]", "{:+.3f} [{:+.3f}, {:+.3f}]",
+                             "{:+.2f} [{:+.2f}, {:+.2f}]"):  # fmt: skip
+                    known.add(form.format(value, low, high))
+    cited = []
+    for page in PAGES:
+        text = re.sub(r"\s+", " ", page.read_text())
+        cited += [(page.name, interval) for interval in re.findall(INTERVAL, text)]
+    assert len(cited) > 100
+    for page, interval in cited:
+        assert interval in known, (page, interval)
+
+
+def test_the_figures_are_drawn_from_the_data_and_shown(tmp_path, monkeypatch):
+    """Each figure is made by studies/figures.py, or shows single tokens; and a page has it."""
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
+    figures.draw_all()
+    there = {path.name for path in (ROOT / "results" / "figures").iterdir()}
+    tokens = {name for name in there if "tokens" in name or name == "idea.png"}
+    assert {path.name for path in tmp_path.iterdir()} == there - tokens
+    assert all(path.stat().st_size > 20_000 for path in tmp_path.iterdir())
+    shown = {Path(name).name for page in PAGES for name in re.findall(PICTURE, page.read_text())}
+    assert shown >= there
 
 
 def test_the_notebook_lists_every_run():
