@@ -39,6 +39,7 @@ def all_tables() -> str:
     sections = [INTRODUCTION]
     for title, rows in comparisons().items():
         sections.append(f"## {title}\n\n{comparison_table(rows)}\n")
+    sections.append(f"## What the weights come to, and cost\n\n{weights_table()}\n")
     sections.append(f"## What the reasoning is like\n\n{reasoning_table()}\n")
     sections.append(f"## What was promised, and what was gained\n\n{pairs_table()}\n")
     sections.append(f"## Dose and response\n\n{doses_table()}\n")
@@ -214,6 +215,38 @@ def iterations_to_half(reached: list[float]) -> str:
         return "never"
     few = f" ({len(finite)}/{len(reached)})" if len(finite) < len(reached) else ""
     return f"{np.mean(finite):.1f}{few}"
+
+
+# ------------------------------------------------------------------------------------ the weights
+WEIGHED = {
+    "FrozenLake": "compare",
+    "FrozenLake, planned": "planned/alpha0.1",
+    "Sokoban": "seeds-sokoban",
+    "shop": "seeds-shop",
+    "Sudoku": "seeds-sudoku",
+}
+
+
+def weights_table() -> str:
+    """What ActFocus's weights come to in the first iteration of seed 0, which depends on the share
+    of action tokens; and the seconds of its iterations over GRPO's, by their means."""
+    heads = ("world", "action tokens", "mean weight", "a reasoning token's share of the update",
+             "an action token's", "seconds over GRPO's")  # fmt: skip
+    lines = []
+    for world, experiment in WEIGHED.items():
+        grpo, actfocus = (runs_of(experiment, arm=arm) for arm in ("grpo", "actfocus"))
+        share = actfocus[0].column("action_fraction")[1][0]
+        weight = actfocus[0].column("mean_weight")[1][0]
+        arm = ARMS["actfocus"]
+        seconds = [
+            np.mean([np.mean(run.column("seconds")[1]) for run in runs.values()])
+            for runs in (actfocus, grpo)
+        ]
+        cells = [world, f"{100 * share:.1f} %", f"{weight:.3f}", f"x {arm.alpha / weight:.2f}"]
+        # on average over action tokens, the sigmoid of their signal is a half
+        cells += [f"x {(1 + arm.beta / 2) / weight:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 # --------------------------------------------------------------------------------- the reasoning

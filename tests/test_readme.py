@@ -26,7 +26,7 @@ from segment import Segment, segment_batch
 from studies import figures
 from studies.data import RUN, all_runs, diagnoses, runs_of
 from studies.runs import experiments_table
-from studies.tables import all_tables
+from studies.tables import all_tables, weights_table
 from support.logs import COLUMNS, t_interval
 from worlds import ENVIRONMENTS, make_env
 
@@ -289,6 +289,12 @@ def test_the_figures_are_drawn_from_the_data_and_shown(tmp_path, monkeypatch):
     assert all(path.stat().st_size > 20_000 for path in tmp_path.iterdir())
     shown = {Path(name).name for page in PAGES for name in re.findall(PICTURE, page.read_text())}
     assert shown >= there
+
+
+def test_the_index_has_what_the_weights_come_to():
+    index = (ROOT / "results" / "README.md").read_text()
+    for line in weights_table().splitlines()[2:]:
+        assert line.rpartition(" | ")[0] in index  # without the seconds
 
 
 def test_the_notebook_lists_every_run():
