@@ -76,7 +76,8 @@ def collect(
             found = diagnosis_tables(path.parent, name, config)
         for table, rows in found.items():
             new.setdefault(table, []).extend(rows)
-        settings[identity(kept(config))] = kept(config)
+        if found:
+            settings[identity(settings_of(config))] = settings_of(config)
     for path in sorted(folder.rglob("bench.csv")):
         new["bench.csv"] = [{"experiment": experiment} | row for row in read_table(path)]
     if not new:
@@ -97,7 +98,8 @@ def training_tables(
     found: dict[str, list[dict[str, str]]] = {}
     for path in logs(folder):
         log = read_table(path)
-        if int(log[-1]["iteration"]) < config["iterations"] and not with_unfinished:
+        done = int(log[-1]["iteration"]) if log else 0
+        if done < config["iterations"] and not with_unfinished:
             print(f"left out, since it has not come to its end: {path}")
             continue
         named = {
@@ -106,7 +108,7 @@ def training_tables(
             "arm": path.stem,
             "lr": f"{config['lr']:g}",
             "seed": str(config["seed"]),
-            "settings": identity(kept(config)),
+            "settings": identity(settings_of(config)),
         }
         empty = dict.fromkeys(COLUMNS, "")  # what an old log lacks
         found.setdefault("training.csv", []).extend(named | empty | row for row in log)
@@ -122,7 +124,7 @@ def diagnosis_tables(
     folder: Path, experiment: str, config: dict
 ) -> dict[str, list[dict[str, str]]]:
     """The rows of the three tables that a diagnosis has, as far as it has them."""
-    named = {"experiment": experiment, "settings": identity(kept(config))}
+    named = {"experiment": experiment, "settings": identity(settings_of(config))}
     found = {}
     for file, table in DIAGNOSIS.items():
         rows = [named | row for row in read_table(folder / file)]
@@ -131,7 +133,7 @@ def diagnosis_tables(
     return found
 
 
-def kept(config: dict) -> dict:
+def settings_of(config: dict) -> dict:
     """The settings of a config that settings.json keeps. Those of a training run are without what
     has a column in training.csv."""
     columns = ("env", "arms", "lr", "seed") if "iterations" in config else ()

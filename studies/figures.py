@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from arms import ARMS
 from studies.data import DATA, FIGURES, Run, diagnoses, read_settings, read_table, runs_of
 from studies.pairs import Pair, doses, trained_pairs
-from studies.tables import Rows, arms_of
+from studies.tables import Comparison, arms_of
 from support.logs import t_interval
 
 Curve = tuple[Sequence[int], Sequence[float]]  # iterations, values
@@ -62,7 +62,7 @@ class Panel(NamedTuple):
     """What one pair of axes shows: a column of the logs over the iterations of training."""
 
     title: str
-    rows: Rows
+    comparison: Comparison
     column: str
     label: str  # of the y axis
     limits: tuple[float, float]  # of the y axis
@@ -96,52 +96,52 @@ def draw_sudoku() -> None:
 
 
 def draw_long() -> None:
-    rows = arms_of("long", names=("grpo", "actfocus"))
+    arms = arms_of("long", names=("grpo", "actfocus"))
     title = "FrozenLake, a hundred iterations: means of three seeds; the seeds are faint"
     figure, axes = new_figure(3, title)
-    draw_panel(axes[0], Panel("Evaluation", rows, *SUCCESS, (0, 80)))
-    draw_panel(axes[1], Panel("Training, means of five iterations", rows, *TRAINING, (0, 80)), 5)
-    draw_panel(axes[2], Panel("Reasoning, means of five iterations", rows, *FACTS, (60, 100)), 5)
+    draw_panel(axes[0], Panel("Evaluation", arms, *SUCCESS, (0, 80)))
+    draw_panel(axes[1], Panel("Training, means of five iterations", arms, *TRAINING, (0, 80)), 5)
+    draw_panel(axes[2], Panel("Reasoning, means of five iterations", arms, *FACTS, (60, 100)), 5)
     figure.savefig(FIGURES / "long.png", dpi=110)
 
 
 def draw_earlier() -> None:
     """Both arms from the earlier starts, in FrozenLake and in Sudoku."""
-    rows = {
+    arms = {
         "GRPO": runs_of("earlier-starts", env="frozenlake", arm="grpo"),
         "ActFocus": runs_of("earlier-starts", env="frozenlake", arm="actfocus"),
     }
     title = "FrozenLake from an earlier start: means of three seeds; the seeds are faint"
     figure, axes = new_figure(3, title)
-    draw_panel(axes[0], Panel("Evaluation", rows, *SUCCESS, (0, 80)))
-    draw_panel(axes[1], Panel("Training", rows, *TRAINING, (0, 80)))
-    draw_panel(axes[2], Panel("Reasoning", rows, *FACTS, (40, 100)))
+    draw_panel(axes[0], Panel("Evaluation", arms, *SUCCESS, (0, 80)))
+    draw_panel(axes[1], Panel("Training", arms, *TRAINING, (0, 80)))
+    draw_panel(axes[2], Panel("Reasoning", arms, *FACTS, (40, 100)))
     figure.savefig(FIGURES / "earlier-frozenlake.png", dpi=110)
-    rows = {
+    arms = {
         "GRPO": runs_of("earlier-starts", env="sudoku", arm="grpo"),
         "ActFocus": runs_of("earlier-starts", env="sudoku", arm="actfocus"),
         "ActFocus, silence blamed": runs_of("earlier-starts/blame"),
     }
     title = "Sudoku from an earlier start: means of two seeds; the seeds are faint"
     figure, axes = new_figure(3, title)
-    draw_panel(axes[0], Panel("Evaluation", rows, *SUCCESS, (0, 103)))
-    draw_panel(axes[1], Panel("Reasoning", rows, *FACTS, (40, 103)))
-    draw_panel(axes[2], Panel("Entropy", rows, *ENTROPY, (0, 0.35)))
+    draw_panel(axes[0], Panel("Evaluation", arms, *SUCCESS, (0, 103)))
+    draw_panel(axes[1], Panel("Reasoning", arms, *FACTS, (40, 103)))
+    draw_panel(axes[2], Panel("Entropy", arms, *ENTROPY, (0, 0.35)))
     figure.savefig(FIGURES / "earlier-sudoku.png", dpi=110)
 
 
 def draw_smollm2() -> None:
     """Single runs. A bar is the standard error of an evaluation, over its episodes."""
     for env, name, top in (("frozenlake", "FrozenLake", 100), ("sokoban", "Sokoban", 60)):
-        rows = {
+        arms = {
             "GRPO": runs_of("smollm2", env=env, arm="grpo"),
             "ActFocus": runs_of("smollm2", env=env, arm="actfocus"),
         }
         title = f"SmolLM2-135M in {name}, one seed"
         figure, axes = new_figure(2, title)
-        draw_panel(axes[0], Panel("32 episodes, ± standard error", rows, *SUCCESS, (0, top)))
-        draw_panel(axes[1], Panel("16 rollouts an iteration", rows, *TRAINING, (0, top)))
-        for label, runs in rows.items():
+        draw_panel(axes[0], Panel("32 episodes, ± standard error", arms, *SUCCESS, (0, top)))
+        draw_panel(axes[1], Panel("16 rollouts an iteration", arms, *TRAINING, (0, top)))
+        for label, runs in arms.items():
             draw_standard_errors(axes[0], runs[0], COLORS[label])
         figure.savefig(FIGURES / f"smollm2-{env}.png", dpi=110)
 
@@ -175,7 +175,7 @@ def draw_panel(axes: Axes, panel: Panel, smooth: int = 1) -> None:
     factor = 1 if panel.column == "entropy" else 100
     side = smooth // 2
     curves: dict[str, list[Curve]] = {}
-    for label, runs in panel.rows.items():
+    for label, runs in panel.comparison.items():
         curves[label] = []
         for run in runs.values():
             iterations, values = run.column(panel.column)

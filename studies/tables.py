@@ -18,7 +18,7 @@ from studies.diagnose import spearman, spearman_test
 from studies.pairs import doses, trained_pairs
 from support.logs import T_975, t_interval
 
-Rows = dict[str, dict[int, Run]]  # of a comparison: label, runs by seed; the first is the baseline
+Comparison = dict[str, dict[int, Run]]  # by label, the runs by seed; the first is the baseline
 
 INTRODUCTION = """# All tables
 
@@ -37,8 +37,8 @@ MEASURED = ("final", "area", "training")
 def all_tables() -> str:
     """The whole page."""
     sections = [INTRODUCTION]
-    for title, rows in comparisons().items():
-        sections.append(f"## {title}\n\n{comparison_table(rows)}\n")
+    for title, comparison in comparisons().items():
+        sections.append(f"## {title}\n\n{comparison_table(comparison)}\n")
     sections.append(f"## What the weights come to, and cost\n\n{weights_table()}\n")
     sections.append(f"## What the reasoning is like\n\n{reasoning_table()}\n")
     sections.append(f"## What was promised, and what was gained\n\n{pairs_table()}\n")
@@ -72,15 +72,15 @@ def with_interval(values: list[float], digits: int = 1) -> str:
 
 
 # ------------------------------------------------------------------------------------- comparisons
-def comparisons() -> dict[str, Rows]:
+def comparisons() -> dict[str, Comparison]:
     """Every comparison that a page cites, by its title."""
     names = ("grpo", "actfocus", "ppo", "ppo-actfocus", "placebo")
     found = {
         "FrozenLake": arms_of("compare", names=names),
         "FrozenLake, PPO": arms_of("compare", names=("ppo", "ppo-actfocus")),
         "FrozenLake, placebo": arms_of("compare", names=("placebo", "actfocus")),
-        "FrozenLake, parts of ActFocus": seeds_of(parts(), range(3, 8)),
-        "FrozenLake, other signals": seeds_of(parts("entropy", "nll", "shift"), range(3, 6)),
+        "FrozenLake, parts of ActFocus": seeds_of(components(), range(3, 8)),
+        "FrozenLake, other signals": seeds_of(components("entropy", "nll", "shift"), range(3, 6)),
         "FrozenLake, alpha and beta": seeds_of(weights(), range(3, 8)),
         "FrozenLake, silence blamed": seeds_of(
             arms_of("compare", "ablations", names=("actfocus", "blame")), range(3, 8)
@@ -132,17 +132,17 @@ def comparisons() -> dict[str, Rows]:
     return found
 
 
-def arms_of(*experiments: str, names: Iterable[str], lr: float | None = None) -> Rows:
+def arms_of(*experiments: str, names: Iterable[str], lr: float | None = None) -> Comparison:
     """A comparison of arms of some experiments, in the order given."""
     return {ARMS[name].label: runs_of(*experiments, arm=name, lr=lr) for name in names}
 
 
-def parts(*others: str) -> Rows:
+def components(*others: str) -> Comparison:
     names = ("grpo", "actfocus", "discount", "energy", "placebo", *others)
     return arms_of("compare", "ablations", names=names)
 
 
-def weights() -> Rows:
+def weights() -> Comparison:
     """ActFocus with other values of alpha and beta, beside GRPO and ActFocus as it is."""
     return arms_of("compare", names=("grpo", "actfocus")) | {
         "alpha 0.3": runs_of("weights/alpha0.3"),
@@ -151,7 +151,7 @@ def weights() -> Rows:
     }
 
 
-def planned() -> Rows:
+def planned() -> Comparison:
     return {
         "GRPO": runs_of("planned/alpha0.1", arm="grpo"),
         "alpha 0.3": runs_of("planned/alpha0.3"),
@@ -160,31 +160,32 @@ def planned() -> Rows:
     }
 
 
-def seeds_of(rows: Rows, seeds: range) -> Rows:
+def seeds_of(comparison: Comparison, seeds: range) -> Comparison:
     """The same comparison on some of its seeds."""
     return {
-        label: {seed: runs[seed] for seed in seeds if seed in runs} for label, runs in rows.items()
+        label: {seed: runs[seed] for seed in seeds if seed in runs}
+        for label, runs in comparison.items()
     }
 
 
-def first_iterations(rows: Rows, iterations: int) -> Rows:
+def first_iterations(comparison: Comparison, iterations: int) -> Comparison:
     """The same comparison as if it had ended earlier."""
     return {
         label: {
             seed: replace(run, rows=[row for row in run.rows if int(row["iteration"]) < iterations])
             for seed, run in runs.items()
         }
-        for label, runs in rows.items()
+        for label, runs in comparison.items()
     }
 
 
-def comparison_table(rows: Rows) -> str:
+def comparison_table(comparison: Comparison) -> str:
     """A row for each arm; differences are to the first."""
-    baseline_name, *_ = rows
+    baseline_name, *_ = comparison
     heads = ["", "seeds", *MEASURED, "to 50 %", *(f"{n} less {baseline_name}" for n in MEASURED)]
-    baseline = {seed: run.measures() for seed, run in rows[baseline_name].items()}
+    baseline = {seed: run.measures() for seed, run in comparison[baseline_name].items()}
     lines = []
-    for label, runs in rows.items():
+    for label, runs in comparison.items():
         measured = {seed: run.measures() for seed, run in runs.items()}
         cells = [label, str(len(runs))]
         for name in MEASURED:
@@ -281,9 +282,9 @@ def reasoning_table() -> str:
         if seeds:
             runs = seeds_of(runs, seeds)
         for measure, (column, factor, digits) in REASONING.items():
-            at_first = of_rows(runs["grpo"], column, slice(1), factor)
+            at_first = mean_over(runs["grpo"], column, slice(1), factor)
             grpo, actfocus, blame = (
-                of_rows(each, column, slice(-2, None), factor) for each in runs.values()
+                mean_over(each, column, slice(-2, None), factor) for each in runs.values()
             )
             cells = [title, measure]
             for values in (at_first, grpo, actfocus):
@@ -295,10 +296,13 @@ def reasoning_table() -> str:
     return markdown(heads, lines)
 
 
-def of_rows(runs: Mapping[int, Run], column: str, rows: slice, factor: float) -> dict[int, float]:
-    """By seed, the mean of some rows of a column."""
+def mean_over(
+    runs: Mapping[int, Run], column: str, iterations: slice, factor: float
+) -> dict[int, float]:
+    """By seed, the mean of a column over some iterations, times a factor."""
     return {
-        seed: factor * float(np.mean(run.column(column)[1][rows])) for seed, run in runs.items()
+        seed: factor * float(np.mean(run.column(column)[1][iterations]))
+        for seed, run in runs.items()
     }
 
 
@@ -311,18 +315,18 @@ def pairs_table() -> str:
     for env, name, how, (_, promised, _), gains in pairs:
         gained = with_interval(gains)
         lines.append([env, name, how, f"{promised:+.3f}", gained, str(len(gains))])
-    some = {
+    selections = {
         "All": pairs,
         "Without Sudoku": [pair for pair in pairs if pair.env != "sudoku"],
         "In the world's own setting": [pair for pair in pairs if not pair.setting],
     }
     said = []
-    for title, chosen in some.items():
-        promised = np.array([pair.promised[1] for pair in chosen])
-        gained = np.array([np.mean(pair.gains) for pair in chosen])
+    for title, selected in selections.items():
+        promised = np.array([pair.promised[1] for pair in selected])
+        gained = np.array([np.mean(pair.gains) for pair in selected])
         test = spearman_test(promised, gained, np.random.default_rng(0))
         said.append(
-            f"- {title}, {len(chosen)} pairs: rank correlation {test.rho:+.2f} "
+            f"- {title}, {len(selected)} pairs: rank correlation {test.rho:+.2f} "
             f"[{test.low:+.2f}, {test.high:+.2f}], p = {test.p:.4f}"
         )
     return f"{markdown(heads, lines)}\n\n" + "\n".join(said)
