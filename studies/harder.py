@@ -6,18 +6,16 @@ The default demonstrator plays a best move with the same probability everywhere,
 demonstrations makes one board more uncertain than another. People are not like that: who is one
 move from the end sees it, who is five moves away often does not. Here a best move that is d moves
 from the end is played with probability skill ** (d / 3), which is the default skill at d = 3.
-The rule was written down before the first run and not changed after it. Our runs, in the folders
-beside this file (frozenlake-harder and so on), are of earlier starts, whose thoughts were short.
+The rule was written down before the first run and not changed after it. Our runs, which the tables
+of results/data call action-bottleneck/frozenlake-harder and so on, are of earlier starts, whose
+thoughts were short.
 """
 
 import random
-from pathlib import Path
 
 from envs import FrozenLake
 from studies.diagnose import DiagnoseConfig, diagnose
 from worlds import ENVIRONMENTS, Sokoban
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 class HarderLake(FrozenLake):
@@ -40,10 +38,9 @@ class HarderSokoban(Sokoban):
 def main() -> None:
     ENVIRONMENTS["sokoban-harder"] = HarderSokoban
     ENVIRONMENTS["frozenlake-harder"] = HarderLake
-    here = RESULTS / "action-bottleneck"
     for env in ("sokoban-harder", "frozenlake-harder"):
-        diagnose(DiagnoseConfig(env=env, temperature=1.0, out=str(here / env)))
-        diagnose(DiagnoseConfig(env=env, temperature=0.5, out=str(here / f"{env}-t05")))
+        diagnose(DiagnoseConfig(env=env, temperature=1.0, out=f"runs/{env}"))
+        diagnose(DiagnoseConfig(env=env, temperature=0.5, out=f"runs/{env}-t05"))
 
 
 if __name__ == "__main__":

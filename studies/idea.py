@@ -1,18 +1,15 @@
 """The picture at the top of the README: one sampled turn, token by token, with what each token
 weighs: python -m studies.idea"""
 
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
 from actfocus import actfocus_weights
 from policy import load_policy
 from rollout import rollout, score_all
+from studies.data import FIGURES
 from support.transcripts import add_scale, draw_boxes, lay_out, pieces
 from support.warm_start import start_folder
 from worlds import make_env
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
@@ -39,7 +36,7 @@ def main() -> None:
         axes.set_title(f"{arm}: weight of each sampled token")
         draw_boxes(axes, boxes, values[0].tolist())
     add_scale(figure, shrink=0.9)
-    figure.savefig(RESULTS / "idea.png", dpi=120)
+    figure.savefig(FIGURES / "idea.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does a policy of frozenlake-planned still do what its thought has decided?
 
-python -m studies.planned starts/frozenlake-planned results/planned/*/frozenlake-planned/*/*/
+python -m studies.planned starts/frozenlake-planned runs/planned/*/frozenlake-planned/*/*/
 
 Of each policy (runs with --save), in shares of all turns: how often a call moves as its thought
 said, and how often that leads nearer to the goal, over 128 evaluation episodes at temperature 1.

@@ -1,52 +1,90 @@
-"""Every training run of this folder, a row an arm, from its CSV:
+"""Which training runs there are, from results/data/training.csv:
 
-python -m studies.runs               # or: python -m studies.runs sudoku shop/short-thoughts
+python -m studies.runs                   # a row for each experiment
+python -m studies.runs rate long         # a row for each run of some experiments
 """
+
+from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
+from collections.abc import Iterable
 
-from support.logs import column, log_files
-
-HEADS = (
-    "run",
-    "arm",
-    "evaluation success, %",
-    "training mean",
-    "reasoning's true facts, %",
-    "entropy, nats",
-)
-
-RESULTS = Path(__file__).parents[1] / "results"
+from arms import ARMS
+from studies.data import Run, all_runs
+from studies.tables import markdown
 
 
-def row(path: Path) -> str:
-    """One arm of one run: evaluations in turn, mean success of all training rollouts, then first
-    and last iteration."""
-    success = column(path, "eval_success")[1]
-    training = column(path, "train_success")[1]
-    entropy = column(path, "entropy")[1]
-    facts = [value for value in column(path, "reasoning_accuracy")[1] if not math.isnan(value)]
-    cells = [
-        str(path.parent.relative_to(RESULTS)),
-        path.stem,
-        ", ".join(f"{100 * value:.1f}" for value in success),
-        f"{sum(training) / len(training):.1%}",
-        f"{100 * facts[0]:.0f} to {100 * facts[-1]:.0f}" if facts else "not logged",
-        f"{entropy[0]:.2f} to {entropy[-1]:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def experiments_table() -> str:
+    """A row for each experiment: what was trained, on how many seeds, and for how long."""
+    experiments: dict[str, list[Run]] = {}
+    for run in all_runs():
+        experiments.setdefault(run.experiment, []).append(run)
+    heads = ("experiment", "environments", "arms", "learning rates", "seeds", "iterations", "runs")
+    lines = []
+    for name, runs in experiments.items():
+        lines.append(
+            [
+                f"`{name}`",
+                listed(run.env for run in runs),
+                listed(sorted((run.arm for run in runs), key=list(ARMS).index)),
+                listed(f"{rate:g}" for rate in sorted({run.lr for run in runs})),
+                spanned(sorted({run.seed for run in runs})),
+                listed(str(run.settings["iterations"]) for run in runs),
+                str(len(runs)),
+            ]
+        )
+    return markdown(heads, lines)
 
 
-def main(folders: list[str]) -> None:
-    print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
-    for folder in [RESULTS / name for name in folders] or [RESULTS]:
-        for config in sorted(folder.rglob("config.json")):
-            for path in log_files(config.parent):
-                if config.parent.suffix != ".partial":  # compare.py is at it
-                    print(row(path))
+def listed(values: Iterable[str]) -> str:
+    """Each value once.
+
+    >>> listed(["grpo", "actfocus", "grpo"])
+    'grpo, actfocus'
+    """
+    return ", ".join(dict.fromkeys(values))
+
+
+def spanned(seeds: list[int]) -> str:
+    """Seeds in order, shortened if there are no gaps.
+
+    >>> spanned([3, 4, 5]), spanned([0, 2])
+    ('3 to 5', '0, 2')
+    """
+    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def runs_table(experiments: list[str]) -> str:
+    """A row for each run: its evaluations in turn, the mean success of its training rollouts, then
+    the true facts and the entropy of the first and the last iteration."""
+    heads = (
+        *("experiment", "env", "arm", "lr", "seed", "evaluation success, %", "training, %"),
+        *("true facts, %", "entropy, nats"),
+    )
+    lines = []
+    for run in all_runs():
+        if run.experiment not in experiments:
+            continue
+        success = run.column("eval_success")[1]
+        training = run.column("train_success")[1]
+        entropy = run.column("entropy")[1]
+        facts = [each for each in run.column("reasoning_accuracy")[1] if not math.isnan(each)]
+        lines.append(
+            [
+                *(run.experiment, run.env, run.arm, f"{run.lr:g}", str(run.seed)),
+                ", ".join(f"{100 * value:.1f}" for value in success),
+                f"{100 * sum(training) / len(training):.1f}",
+                f"{100 * facts[0]:.0f} to {100 * facts[-1]:.0f}" if facts else "not logged",
+                f"{entropy[0]:.2f} to {entropy[-1]:.2f}",
+            ]
+        )
+    if not lines:
+        raise SystemExit(f"no run of {' '.join(experiments)}: `python -m studies.runs` names all")
+    return markdown(heads, lines)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(runs_table(sys.argv[1:]) if sys.argv[1:] else experiments_table())

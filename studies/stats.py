@@ -47,7 +47,18 @@ def measures(log: Path, threshold: float) -> dict[str, float]:
     evaluation success: evaluations are joined by straight lines, and the area below them is
     divided by the number of iterations. It rewards learning early as well as ending high.
     """
-    iterations, success = (np.array(values) for values in column(log, "eval_success"))
+    training = column(log, "train_success")[1]
+    return measures_of(column(log, "eval_success"), training, threshold)
+
+
+def measures_of(
+    evaluations: tuple[Sequence[int], Sequence[float]],
+    training: Sequence[float],
+    threshold: float,
+) -> dict[str, float]:
+    """The MEASURES of one run. evaluations: their iterations and success rates; training: the
+    success rate of each iteration's rollouts; threshold: as in `measures`."""
+    iterations, success = (np.array(values) for values in evaluations)
     smoothed = success
     if len(success) > 2:
         smoothed = np.convolve(success, np.full(3, 1 / 3), "valid")  # means of three in a row
@@ -56,7 +67,7 @@ def measures(log: Path, threshold: float) -> dict[str, float]:
         "peak": 100 * smoothed.max(),
         "fall": 100 * (smoothed.max() - smoothed[-1]),
         "area": 100 * np.trapezoid(success, iterations) / iterations[-1],
-        "training": 100 * float(np.mean(column(log, "train_success")[1])),
+        "training": 100 * float(np.mean(training)),
         "reach": min(iterations[success >= threshold], default=np.inf),
     }
 

@@ -3,12 +3,10 @@ file of the project imports only from the files that stand before it."""
 
 import ast
 import contextlib
-import csv
 import functools
 import graphlib
 import io
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -29,7 +27,11 @@ from energy import token_energy
 from envs import Step, read_call, tool_schema, write_turn
 from rollout import rollout
 from segment import Segment, segment_batch
-from studies.stats import measures, t_interval
+from studies import figures
+from studies.data import RUN, all_runs, diagnoses, runs_of
+from studies.runs import experiments_table
+from studies.stats import t_interval
+from studies.tables import all_tables, weights_table
 from support.logs import COLUMNS
 from worlds import ENVIRONMENTS, make_env
 
@@ -391,17 +393,18 @@ def test_a_wrong_import_is_found(path, line, said):
 
 # -------------------------------------------------------------------------------------- its figures
 COMPARED = ("grpo", "actfocus", "ppo", "ppo-actfocus", "placebo")
+INTERVAL = r"[+-]?\d\.\d+ \[[+-]?\d\.\d+, [+-]?\d\.\d+\]"
+PICTURE = r"!\[[^]]*\]\(([^)]+)\)"
+DIFFERENCE = r"[+-]?\d+\.\d+ ± \d+\.\d+"
 
 
 def test_the_table_of_the_readme_is_that_of_the_logs():
     """An arm a row: means over eight seeds, and differences to GRPO's of the same seed."""
     found = {}
     for arm in COMPARED:
-        folder = ROOT / "results" / "compare" / "frozenlake"
-        logs = [folder / f"{arm}-seed{seed}" / f"{arm}.csv" for seed in range(8)]
-        found[arm] = [measures(log, threshold=0.5) for log in logs]
-        for log in logs:
-            assert set(log.read_text().splitlines()[0].split(",")) <= set(COLUMNS)
+        runs = runs_of("compare", arm=arm)
+        assert list(runs) == list(range(8))
+        found[arm] = [run.measures(threshold=0.5) for run in runs.values()]
     for arm, runs in found.items():
         cells = [ARMS[arm].label]
         for name in ("final", "area", "training"):
@@ -418,12 +421,15 @@ def test_the_table_of_the_readme_is_that_of_the_logs():
 
 def test_the_page_of_signals_has_the_figures_of_their_tables():
     page = (ROOT / "results" / "signal.md").read_text()
-    folders = sorted((ROOT / "results" / "signal").glob("*/signal.csv"))
-    assert len(folders) >= 7
-    for path in folders:
-        with path.open() as file:
-            rows = {row["name"]: row for row in csv.DictReader(file)}
-        cells = [path.parent.name, f"{float(rows['action']['token_share']):.0%}"]
+    found = {
+        name.removeprefix("signal/"): rows
+        for name, rows in diagnoses("signal").items()
+        if name.startswith("signal/") and "null" not in name
+    }
+    assert len(found) >= 7
+    for diagnosis, rows in found.items():
+        rows = {row["name"]: row for row in rows}
+        cells = [diagnosis, f"{float(rows['action']['token_share']):.0%}"]
         for name in ("reasoning", "action", "grpo", "actfocus", "placebo"):
             cells.append(f"{float(rows[name]['adam_ratio']):.3f}")
         ends = [float(rows["actfocus"][f"adam_gain{end}"]) for end in ("", "_low", "_high")]
@@ -431,7 +437,69 @@ def test_the_page_of_signals_has_the_figures_of_their_tables():
         assert f"| {' | '.join(cells)} |" in page, cells
 
 
-def test_the_notebook_lists_every_run(capsys):
-    runpy.run_module("studies.runs")["main"]([])
-    table = capsys.readouterr().out
-    assert table in (ROOT / "results" / "training-runs.md").read_text()
+def test_the_page_of_tables_is_that_of_the_data():
+    assert (ROOT / "results" / "tables.md").read_text() == all_tables()
+
+
+def test_the_differences_that_pages_cite_are_in_the_tables():
+    """Every "+1.2 ± 3.4" of the README and of two pages is one that results/tables.md has; one that
+    is written without a sign may have either."""
+    signed = set(re.findall(DIFFERENCE, (ROOT / "results" / "tables.md").read_text()))
+    tables = signed | {number.lstrip("+-") for number in signed}
+    cited = []
+    for page in ("README.md", "results/evidence.md", "results/signal.md"):
+        cited += [(page, n) for n in re.findall(DIFFERENCE, (ROOT / page).read_text())]
+    assert len(cited) > 30
+    for page, number in cited:
+        assert number in tables, (page, number)
+
+
+def test_the_intervals_that_pages_cite_are_in_the_data():
+    """Every "+0.12 [-0.03, +0.27]" is a ratio, a gain or a rank correlation of a diagnosis, or it
+    is in results/tables.md; but for three, which the pages say were measured otherwise."""
+    known = set(re.findall(INTERVAL, (ROOT / "results" / "tables.md").read_text()))
+    known |= {"0.010 [-0.026, 0.046]", "-0.009 [-0.020, 0.002]", "+0.15 [-0.07, +0.37]"}
+    for table, names in (
+        ("signal", ("adam_ratio", "adam_gain", "raw_ratio", "raw_gain")),
+        ("correlations", ("rho",)),
+    ):
+        for row in (row for rows in diagnoses(table).values() for row in rows):
+            for name in names:
+                ends = ("low", "", "high") if name == "rho" else ("_low", "", "_high")
+                columns = [end if name == "rho" and end else f"{name}{end}" for end in ends]
+                low, value, high = (float(row[column]) for column in columns)
+                for form in ("{:.3f} [{:.3f}, {:.3f}]", "{:+.3f} [{:+.3f}, {:+.3f}]",
+                             "{:+.2f} [{:+.2f}, {:+.2f}]"):  # fmt: skip
+                    known.add(form.format(value, low, high))
+    cited = []
+    for page in PAGES:
+        text = re.sub(r"\s+", " ", page.read_text())
+        cited += [(page.name, interval) for interval in re.findall(INTERVAL, text)]
+    assert len(cited) > 100
+    for page, interval in cited:
+        assert interval in known, (page, interval)
+
+
+def test_the_figures_are_drawn_from_the_data_and_shown(tmp_path, monkeypatch):
+    """Each figure is made by studies/figures.py, or shows single tokens; and a page has it."""
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
+    figures.draw_all()
+    there = {path.name for path in (ROOT / "results" / "figures").iterdir()}
+    tokens = {name for name in there if "tokens" in name or name == "idea.png"}
+    assert {path.name for path in tmp_path.iterdir()} == there - tokens
+    assert all(path.stat().st_size > 20_000 for path in tmp_path.iterdir())
+    shown = {Path(name).name for page in PAGES for name in re.findall(PICTURE, page.read_text())}
+    assert shown >= there
+
+
+def test_the_index_has_what_the_weights_come_to():
+    index = (ROOT / "results" / "README.md").read_text()
+    for line in weights_table().splitlines()[2:]:
+        assert line.rpartition(" | ")[0] in index  # without the seconds
+
+
+def test_the_notebook_lists_every_run():
+    page = (ROOT / "results" / "training-runs.md").read_text()
+    assert experiments_table() in page
+    for run in all_runs():
+        assert set(run.rows[0]) - set(RUN) <= set(COLUMNS)

@@ -1,0 +1,415 @@
+"""Every table of results/tables.md, from results/data. `python -m studies.evidence` writes them.
+
+A table of a comparison has a row for each arm. All its numbers are means over seeds; a difference
+is taken seed by seed to the first row, and stands with its 95 % interval (Student's t over seeds)
+and the number of seeds in which it is positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from arms import ARMS
+from studies.data import Run, diagnoses, runs_of
+from studies.diagnose import spearman, spearman_test
+from studies.pairs import doses, trained_pairs
+from studies.stats import T_975, t_interval
+
+Comparison = dict[str, dict[int, Run]]  # by label, the runs by seed; the first is the baseline
+
+INTRODUCTION = """# All tables
+
+`python -m studies.evidence` writes this page from [data](data). Each comparison trains several arms
+on the same seeds, from the same starting model.
+
+*Final* is the success of the last evaluation, *area* the mean evaluation success (the area under
+the evaluations), *training* the mean success of all training rollouts, all in percent; *to 50 %*
+is the number of iterations until an evaluation reaches one half, of as many seeds as do. The last
+three columns are differences to the first row, seed by seed, in points, with 95 % intervals; in
+brackets is the number of seeds in which the difference is positive.
+"""
+MEASURED = ("final", "area", "training")
+
+
+def all_tables() -> str:
+    """The whole page."""
+    sections = [INTRODUCTION]
+    for title, comparison in comparisons().items():
+        sections.append(f"## {title}\n\n{comparison_table(comparison)}\n")
+    sections.append(f"## What the weights come to, and cost\n\n{weights_table()}\n")
+    sections.append(f"## What the reasoning is like\n\n{reasoning_table()}\n")
+    sections.append(f"## What was promised, and what was gained\n\n{pairs_table()}\n")
+    sections.append(f"## Dose and response\n\n{doses_table()}\n")
+    sections.append(f"## Signal over noise\n\n{signal_table()}\n\n{agreement()}\n")
+    sections.append(f"## All diagnoses of energy\n\n{diagnoses_table()}\n")
+    return "\n".join(sections)
+
+
+def markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table as markdown.
+
+    >>> print(markdown(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    heads = list(heads)
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join(lines)
+
+
+def with_interval(values: list[float], digits: int = 1) -> str:
+    """The mean with its sign, and half of its 95 % interval.
+
+    >>> with_interval([1.0, 2.0, 3.0])
+    '+2.0 ± 2.5'
+    """
+    return f"{np.mean(values):+.{digits}f} ± {t_interval(values):.{digits}f}"
+
+
+# ------------------------------------------------------------------------------------- comparisons
+def comparisons() -> dict[str, Comparison]:
+    """Every comparison that a page cites, by its title."""
+    names = ("grpo", "actfocus", "ppo", "ppo-actfocus", "placebo")
+    found = {
+        "FrozenLake": arms_of("compare", names=names),
+        "FrozenLake, PPO": arms_of("compare", names=("ppo", "ppo-actfocus")),
+        "FrozenLake, placebo": arms_of("compare", names=("placebo", "actfocus")),
+        "FrozenLake, parts of ActFocus": seeds_of(components(), range(3, 8)),
+        "FrozenLake, other signals": seeds_of(components("entropy", "nll", "shift"), range(3, 6)),
+        "FrozenLake, alpha and beta": seeds_of(weights(), range(3, 8)),
+        "FrozenLake, silence blamed": seeds_of(
+            arms_of("compare", "ablations", names=("actfocus", "blame")), range(3, 8)
+        ),
+    }
+    for lr in (3e-5, 1e-4, 3e-4, 1e-3):
+        names = ("grpo", "actfocus", "placebo") if lr == 1e-4 else ("grpo", "actfocus")
+        found[f"FrozenLake, learning rate {lr:g}"] = arms_of("rate", names=names, lr=lr)
+    found["FrozenLake, placebo at 0.0001"] = arms_of("rate", names=("placebo", "actfocus"), lr=1e-4)
+    found["FrozenLake, each at its best rate"] = {
+        "GRPO at 0.001": runs_of("rate", arm="grpo", lr=1e-3),
+        "ActFocus at 0.0003": runs_of("rate", arm="actfocus", lr=3e-4),
+    }
+    for lr in (1e-4, 3e-4):
+        found[f"FrozenLake, ten iterations at {lr:g}"] = first_iterations(
+            arms_of("rate", names=("grpo", "actfocus"), lr=lr), 10
+        )
+        found[f"FrozenLake, 128 rollouts at {lr:g}"] = arms_of(
+            "batch128", names=("grpo", "actfocus"), lr=lr
+        )
+    found["FrozenLake, a hundred iterations"] = arms_of("long", names=("grpo", "actfocus"))
+    found["FrozenLake, most varied quarter"] = arms_of("filter", names=("grpo", "actfocus"))
+    found["FrozenLake, GRPO with and without the filter"] = {
+        "all groups": seeds_of(arms_of("compare", names=["grpo"]), range(3))["GRPO"],
+        "most varied quarter": runs_of("filter", arm="grpo"),
+    }
+    for sentences in (0, 4, 12):
+        found[f"FrozenLake, {sentences} filler sentences"] = arms_of(
+            f"dose/thoughts{sentences}", names=("grpo", "actfocus")
+        )
+    found["FrozenLake, planned"] = planned()
+    names = ("grpo", "actfocus", "discount", "energy", "placebo", "blame")
+    found["Sudoku"] = arms_of("seeds-sudoku", names=names)
+    found["Sudoku, silence blamed"] = arms_of("seeds-sudoku", names=("actfocus", "blame"))
+    found["Sudoku, discount"] = arms_of("seeds-sudoku", names=("discount", "actfocus"))
+    for lr in (1e-4, 1e-3):
+        found[f"Sudoku, learning rate {lr:g}"] = arms_of(
+            "rate-sudoku", names=("grpo", "actfocus"), lr=lr
+        )
+    found["Sudoku, each at its best rate"] = {
+        "GRPO at 0.001": runs_of("rate-sudoku", arm="grpo", lr=1e-3),
+        "ActFocus at 0.0003": runs_of("seeds-sudoku", arm="actfocus"),
+    }
+    found["Sokoban"] = arms_of("seeds-sokoban", names=("grpo", "actfocus"))
+    found["Sokoban, silence blamed"] = arms_of("seeds-sokoban", names=("actfocus", "blame"))
+    found["Sokoban, learning rate 0.001"] = arms_of("rate-sokoban", names=("grpo", "actfocus"))
+    found["Shop"] = arms_of("seeds-shop", names=("grpo", "actfocus", "blame"))
+    found["Shop, silence blamed"] = arms_of("seeds-shop", names=("actfocus", "blame"))
+    return found
+
+
+def arms_of(*experiments: str, names: Iterable[str], lr: float | None = None) -> Comparison:
+    """A comparison of arms of some experiments, in the order given."""
+    return {ARMS[name].label: runs_of(*experiments, arm=name, lr=lr) for name in names}
+
+
+def components(*others: str) -> Comparison:
+    names = ("grpo", "actfocus", "discount", "energy", "placebo", *others)
+    return arms_of("compare", "ablations", names=names)
+
+
+def weights() -> Comparison:
+    """ActFocus with other values of alpha and beta, beside GRPO and ActFocus as it is."""
+    return arms_of("compare", names=("grpo", "actfocus")) | {
+        "alpha 0.3": runs_of("weights/alpha0.3"),
+        "alpha 0, beta 0": runs_of("weights/alpha0"),
+        "beta 2": runs_of("weights/beta2"),
+    }
+
+
+def planned() -> Comparison:
+    return {
+        "GRPO": runs_of("planned/alpha0.1", arm="grpo"),
+        "alpha 0.3": runs_of("planned/alpha0.3"),
+        "alpha 0.1": runs_of("planned/alpha0.1", arm="actfocus"),
+        "alpha 0, beta 0": runs_of("planned/alpha0"),
+    }
+
+
+def seeds_of(comparison: Comparison, seeds: range) -> Comparison:
+    """The same comparison on some of its seeds."""
+    return {
+        label: {seed: runs[seed] for seed in seeds if seed in runs}
+        for label, runs in comparison.items()
+    }
+
+
+def first_iterations(comparison: Comparison, iterations: int) -> Comparison:
+    """The same comparison as if it had ended earlier."""
+    return {
+        label: {
+            seed: replace(run, rows=[row for row in run.rows if int(row["iteration"]) < iterations])
+            for seed, run in runs.items()
+        }
+        for label, runs in comparison.items()
+    }
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """A row for each arm; differences are to the first."""
+    baseline_name, *_ = comparison
+    heads = ["", "seeds", *MEASURED, "to 50 %", *(f"{n} less {baseline_name}" for n in MEASURED)]
+    baseline = {seed: run.measures() for seed, run in comparison[baseline_name].items()}
+    lines = []
+    for label, runs in comparison.items():
+        measured = {seed: run.measures() for seed, run in runs.items()}
+        cells = [label, str(len(runs))]
+        for name in MEASURED:
+            cells.append(f"{np.mean([each[name] for each in measured.values()]):.1f}")
+        cells.append(iterations_to_half([each["reach"] for each in measured.values()]))
+        for name in MEASURED:
+            both = [seed for seed in measured if seed in baseline]
+            gains = [measured[seed][name] - baseline[seed][name] for seed in both]
+            cells.append("" if label == baseline_name else gain(gains))
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+def gain(gains: list[float]) -> str:
+    """A mean difference, its 95 % interval, and in how many seeds it is positive.
+
+    >>> gain([1.0, 2.0, -3.0])
+    '+0.0 ± 6.6 (2/3)'
+    """
+    won = sum(each > 0 for each in gains)
+    return f"{with_interval(gains)} ({won}/{len(gains)})"
+
+
+def iterations_to_half(reached: list[float]) -> str:
+    """The mean over the seeds that reach one half, and how many do if not all."""
+    finite = [each for each in reached if each < np.inf]
+    if not finite:
+        return "never"
+    few = f" ({len(finite)}/{len(reached)})" if len(finite) < len(reached) else ""
+    return f"{np.mean(finite):.1f}{few}"
+
+
+# ------------------------------------------------------------------------------------ the weights
+WEIGHED = {
+    "FrozenLake": "compare",
+    "FrozenLake, planned": "planned/alpha0.1",
+    "Sokoban": "seeds-sokoban",
+    "shop": "seeds-shop",
+    "Sudoku": "seeds-sudoku",
+}
+
+
+def weights_table() -> str:
+    """What ActFocus's weights come to in the first iteration of seed 0, which depends on the share
+    of action tokens; and the seconds of its iterations over GRPO's, by their means."""
+    heads = ("world", "action tokens", "mean weight", "a reasoning token's share of the update",
+             "an action token's", "seconds over GRPO's")  # fmt: skip
+    lines = []
+    for world, experiment in WEIGHED.items():
+        grpo, actfocus = (runs_of(experiment, arm=arm) for arm in ("grpo", "actfocus"))
+        share = actfocus[0].column("action_fraction")[1][0]
+        weight = actfocus[0].column("mean_weight")[1][0]
+        arm = ARMS["actfocus"]
+        seconds = [
+            np.mean([np.mean(run.column("seconds")[1]) for run in runs.values()])
+            for runs in (actfocus, grpo)
+        ]
+        cells = [world, f"{100 * share:.1f} %", f"{weight:.3f}", f"x {arm.alpha / weight:.2f}"]
+        # on average over action tokens, the sigmoid of their signal is a half
+        cells += [f"x {(1 + arm.beta / 2) / weight:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+# --------------------------------------------------------------------------------- the reasoning
+REASONED = {
+    "FrozenLake": ("compare", None),
+    "FrozenLake, seeds 3 to 7": ("compare", range(3, 8)),
+    "FrozenLake, a hundred iterations": ("long", None),
+    "Sudoku": ("seeds-sudoku", None),
+    "Sokoban": ("seeds-sokoban", None),
+    "shop": ("seeds-shop", None),
+}
+REASONING = {  # what is said: column of the log, factor, decimals
+    "true facts, %": ("reasoning_accuracy", 100, 1),
+    "turns without a fact, %": ("turns_without_facts", 100, 2),
+    "tokens a rollout": ("response_tokens", 1, 0),
+    "entropy, nats": ("entropy", 1, 3),
+}
+
+
+def reasoning_table() -> str:
+    """What the arms' reasoning is like in a run's last two iterations, over its seeds."""
+    heads = ("run", "measure", "start", "GRPO", "ActFocus", "ActFocus less GRPO",
+             "silence blamed less ActFocus")  # fmt: skip
+    lines = []
+    for title, (experiment, seeds) in REASONED.items():
+        blamed = "ablations" if seeds else experiment
+        runs = {
+            "grpo": runs_of(experiment, arm="grpo"),
+            "actfocus": runs_of(experiment, arm="actfocus"),
+            "blame": runs_of(blamed, arm="blame"),
+        }
+        if seeds:
+            runs = seeds_of(runs, seeds)
+        for measure, (column, factor, digits) in REASONING.items():
+            at_first = mean_over(runs["grpo"], column, slice(1), factor)
+            grpo, actfocus, blame = (
+                mean_over(each, column, slice(-2, None), factor) for each in runs.values()
+            )
+            cells = [title, measure]
+            for values in (at_first, grpo, actfocus):
+                cells.append(f"{np.mean([*values.values()]):.{digits}f}")
+            cells.append(with_interval([actfocus[s] - grpo[s] for s in actfocus], digits))
+            more = [blame[seed] - actfocus[seed] for seed in blame]
+            cells.append(with_interval(more, digits) if more else "")
+            lines.append(cells)
+    return markdown(heads, lines)
+
+
+def mean_over(
+    runs: Mapping[int, Run], column: str, iterations: slice, factor: float
+) -> dict[int, float]:
+    """By seed, the mean of a column over some iterations, times a factor."""
+    return {
+        seed: factor * float(np.mean(run.column(column)[1][iterations]))
+        for seed, run in runs.items()
+    }
+
+
+# ------------------------------------------------------------------------- promised, and gained
+def pairs_table() -> str:
+    """A row for each pair; below, the rank correlation of all, and of some."""
+    pairs = trained_pairs()
+    heads = ("world", "weighting", "setting", "promised", "gained", "seeds")
+    lines = []
+    for env, name, how, (_, promised, _), gains in pairs:
+        gained = with_interval(gains)
+        lines.append([env, name, how, f"{promised:+.3f}", gained, str(len(gains))])
+    selections = {
+        "All": pairs,
+        "Without Sudoku": [pair for pair in pairs if pair.env != "sudoku"],
+        "In the world's own setting": [pair for pair in pairs if not pair.setting],
+    }
+    said = []
+    for title, selected in selections.items():
+        promised = np.array([pair.promised[1] for pair in selected])
+        gained = np.array([np.mean(pair.gains) for pair in selected])
+        test = spearman_test(promised, gained, np.random.default_rng(0))
+        said.append(
+            f"- {title}, {len(selected)} pairs: rank correlation {test.rho:+.2f} "
+            f"[{test.low:+.2f}, {test.high:+.2f}], p = {test.p:.4f}"
+        )
+    return f"{markdown(heads, lines)}\n\n" + "\n".join(said)
+
+
+def doses_table() -> str:
+    """A row for each dose, and how the gain changes with the action share: by a line through the
+    means, since starts differ by more than their share."""
+    found = doses()
+    heads = ("filler sentences", "action tokens", "promised", "gained")
+    lines = []
+    for sentences, share, gains, (_, promised, _) in found:
+        lines.append([str(sentences), f"{share:.1f} %", f"{promised:+.3f}", with_interval(gains)])
+    x = np.array([dose.share for dose in found])
+    y = np.array([np.mean(dose.gains) for dose in found])
+    slope, _ = np.polyfit(x, y, 1)
+    residuals = y - np.polyval(np.polyfit(x, y, 1), x)
+    freedom = len(x) - 2
+    error = np.sqrt(np.square(residuals).sum() / freedom / np.square(x - x.mean()).sum())
+    widest = x.max() - x.min()
+    said = (
+        f"From the least share to the largest, by a line through the {len(x)} starts: "
+        f"{slope * widest:+.1f} ± {T_975[freedom - 1] * error * widest:.1f} points."
+    )
+    return f"{markdown(heads, lines)}\n\n{said}"
+
+
+# -------------------------------------------------------------------------------------- diagnoses
+def signal_table() -> str:
+    """A row for each diagnosis of the gradient: signal over noise as Adam sees it."""
+    heads = ("run", "action tokens", "reasoning alone", "action alone", "GRPO", "ActFocus",
+             "placebo", "ActFocus less GRPO")  # fmt: skip
+    lines = []
+    for experiment, found in diagnoses("signal").items():
+        rows = {row["name"]: row for row in found}
+        cells = [experiment.removeprefix("signal/"), f"{float(rows['action']['token_share']):.0%}"]
+        for name in ("reasoning", "action", "grpo", "actfocus", "placebo"):
+            cells.append(f"{float(rows[name]['adam_ratio']):.3f}")
+        ends = [float(rows["actfocus"][f"adam_gain{end}"]) for end in ("", "_low", "_high")]
+        cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends))
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+def agreement() -> str:
+    """In training, too, gradients under ActFocus agree more: the log's `gradient_agreement`."""
+    grpo, actfocus = runs_of("compare", arm="grpo"), runs_of("compare", arm="actfocus")
+    more = [
+        np.mean(actfocus[seed].column("gradient_agreement")[1])
+        - np.mean(grpo[seed].column("gradient_agreement")[1])
+        for seed in grpo
+    ]
+    won = sum(each > 0 for each in more)
+    return (
+        "Mean cosine of the gradients of successive mini-batches in FrozenLake's training, "
+        f"ActFocus less GRPO: {with_interval(more, digits=3)} ({won}/{len(more)} seeds)."
+    )
+
+
+def diagnoses_table() -> str:
+    """A row for each diagnosis of energy: success, Spearman's rho of the energy with the variance
+    of the rewards over four choices of tokens, and what explains it."""
+    heads = (
+        *("run", "success", "action", "decision", "reasoning", "all"),
+        *("ρ(entropy of the decision, variance)", "ρ(success, variance)"),
+        *("ρ(decision, success)", "ρ(energy, entropy) of the decision"),
+    )
+    groups_of = diagnoses("diagnosis_groups")
+    lines = []
+    for experiment, found in diagnoses("correlations").items():
+        results = {(row["signal"], row["tokens"]): row for row in found}
+        groups = groups_of[experiment]
+        success = np.mean([float(group["success"]) for group in groups])
+        cells = [experiment.removeprefix("action-bottleneck/"), f"{success:.0%}"]
+        for tokens in ("action", "decision", "reasoning", "all"):
+            row = results["energy", tokens]
+            rho, low, high = float(row["rho"]), float(row["low"]), float(row["high"])
+            cells.append(f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]")
+        cells.append(f"{float(results['entropy', 'decision']['rho']):+.2f}")
+        cells.append(f"{float(results['success', '']['rho']):+.2f}")
+        cells.append(f"{float(results['energy', 'decision']['rho_success']):+.2f}")
+        energy = np.array([float(group["energy_decision"]) for group in groups])
+        entropy = np.array([float(group["entropy_decision"]) for group in groups])
+        cells.append(f"{spearman(energy, entropy):+.2f}")
+        lines.append(cells)
+    return markdown(heads, lines)
