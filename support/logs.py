@@ -454,16 +454,20 @@ def equal_groups(rewards: Tensor, group_size: int) -> float:
 
 
 class UpdateMeter:
-    """What is logged of an iteration's updates: means over tokens, and over optimizer steps."""
+    """What is logged of an iteration's updates: means over tokens, and over optimizer steps.
+
+    Sums stay on the device until `columns` reads them, since reading one makes a GPU wait.
+    """
 
     def __init__(self, clip_low: float, clip_high: float):
         self.clip_low = clip_low
         self.clip_high = clip_high
-        self.sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
+        self.sums: dict[str, Tensor] = {}  # float64 scalars
         self.norms: list[float] = []
-        self.cosines: list[float] = []
+        self.cosines: list[Tensor] = []
         self.last_gradient: Tensor | None = None
 
+    @torch.no_grad()
     def add_micro_batch(
         self, result: PolicyLoss, old_logprob: Tensor, advantage: Tensor, count: Tensor
     ) -> None:
@@ -472,17 +476,21 @@ class UpdateMeter:
         ratio = log_ratio.exp()
         above = (ratio > 1 + self.clip_high) & (advantage > 0)
         below = (ratio < 1 - self.clip_low) & (advantage < 0)
-        self.sums["loss"] += (result.loss.detach() * count).item()
-        self.sums["entropy"] += result.entropy.double().sum().item()
-        self.sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
-        self.sums["clip_fraction"] += (above | below).sum().item()
+        sums = {
+            "loss": (result.loss.detach() * count).double(),
+            "entropy": result.entropy.double().sum(),
+            "kl": (ratio - 1 - log_ratio).double().sum(),
+            "clip_fraction": (above | below).sum().double(),
+        }
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def add_gradient(self, model: torch.nn.Module) -> None:
         """How much successive mini-batches agree; too large a model is left out."""
         gradient = flat_gradient(model)  # (P,) or None
         if self.last_gradient is not None:
             cosine = torch.cosine_similarity(self.last_gradient, gradient, dim=0)
-            self.cosines.append(cosine.item())
+            self.cosines.append(cosine)
         self.last_gradient = gradient
 
     def add_step(self, norm: float) -> None:
@@ -491,11 +499,12 @@ class UpdateMeter:
 
     def columns(self, tokens: int) -> dict[str, float]:
         """Columns of the log. tokens: that were trained on."""
-        found = {name: total / tokens for name, total in self.sums.items()}
+        found = {name: total.item() / tokens for name, total in self.sums.items()}
         found["grad_norm"] = sum(self.norms) / len(self.norms)
         found["skipped_updates"] = sum(not math.isfinite(norm) for norm in self.norms)
         if self.cosines:
-            found["gradient_agreement"] = sum(self.cosines) / len(self.cosines)
+            cosines = torch.stack(self.cosines).tolist()
+            found["gradient_agreement"] = sum(cosines) / len(cosines)
         return found
 
 

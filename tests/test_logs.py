@@ -7,15 +7,18 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from arms import ARMS
+from fused_loss import PolicyLoss
 from support import logs
 from support.logs import (
     COLUMNS,
     LARGE_PANELS,
     LINES,
     PANELS,
+    UpdateMeter,
     appended_files,
     draw,
     log,
@@ -178,6 +181,33 @@ def test_the_summary_names_its_columns(tmp_path):
     assert rest[1].startswith("  in training: +13.3, standard error 2.3 over 30 prompts: more than")
     assert rest[2].startswith("  evaluation after 4 iterations: +30.0, standard error 0.0 over")
     assert len(rest) == 3
+
+
+def test_what_is_logged_of_updates_waits_on_the_device(monkeypatch):
+    """A micro-batch reads nothing back, since each time a GPU would have to finish first; the sums
+    are those in float64."""
+    meter, generator = UpdateMeter(clip_low=0.2, clip_high=0.28), torch.Generator().manual_seed(0)
+    sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waits for the device"))
+        batches = []
+        for _ in range(3):
+            numbers = torch.randn(5, 50, generator=generator)
+            batches.append((PolicyLoss(numbers[0, 0], numbers[1], numbers[2]), numbers[3:]))
+            meter.add_micro_batch(batches[-1][0], *numbers[3:], count=torch.tensor(150))
+    for result, (old_logprob, advantage) in batches:
+        sums["loss"] += (150 * result.loss).item()
+        sums["entropy"] += result.entropy.double().sum().item()
+        log_ratio = result.logprob - old_logprob
+        ratio = log_ratio.exp()
+        sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
+        clipped = torch.where(advantage > 0, ratio > 1.28, ratio < 0.8)
+        sums["clip_fraction"] += clipped.sum().item()
+    meter.add_step(2.0)
+    found = meter.columns(tokens=150)
+    assert {name: found[name] for name in sums} == {name: sums[name] / 150 for name in sums}
+    assert found["clip_fraction"] > 0 and found["grad_norm"] == 2.0
 
 
 def test_the_last_lines_say_where_to_look(tmp_path):
