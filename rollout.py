@@ -225,14 +225,18 @@ def new_rows(
     return rows
 
 
+class PromptTooLong(ValueError):
+    """A prompt leaves no room for a turn."""
+
+
 def check_prompt_fits(policy: Policy, env: object, max_tokens: int, seed: int = 0) -> None:
-    """Raises ValueError if the prompt of an environment's episode leaves no room for a turn."""
+    """Raises PromptTooLong if the prompt of an environment's episode leaves no room for a turn."""
     check_length(policy.prompt(env.system, env.tools, env.reset(seed)), seed, max_tokens)
 
 
 def check_length(prompt: list[int], seed: int, max_tokens: int) -> None:
     if len(prompt) >= max_tokens:
-        raise ValueError(
+        raise PromptTooLong(
             f"the prompt of seed {seed} has {len(prompt)} tokens: "
             f"max_tokens is {max_tokens}, raise it"
         )
