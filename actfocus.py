@@ -104,9 +104,9 @@ def clipped_loss(
     """L = -sum(w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)) / sum(w), rho = pi / pi_old.
 
     logprob, old_logprob, weights: (B, T); advantages: (B,), one per trajectory, or (B, T). With
-    packed tokens, all may be (N,). Returns a scalar. Where a weight is 0 the log-probs are never
-    looked at. normalizer: what to divide by, by default weights.sum(); pass the whole mini-batch's
-    sum of weights when micro-batches are accumulated. If it is 0 the loss is 0.
+    packed tokens, all may be (N,). Returns a scalar. Where a weight is 0, log-probs and advantages
+    are never looked at. normalizer: what to divide by, by default weights.sum(); pass the whole
+    mini-batch's sum of weights when micro-batches are accumulated. If it is 0 the loss is 0.
 
     >>> old = torch.zeros(1, 3)
     >>> new = torch.tensor([[0.0, 0.5, -0.5]])  # ratios 1, 1.65, 0.61
@@ -119,7 +119,9 @@ def clipped_loss(
     if advantages.ndim == logprob.ndim - 1:
         advantages = advantages[:, None]  # (B, 1)
     # NOTE: zero weights must mask before exp: inf * 0 is nan, and padding may hold anything.
-    ratio = torch.where(weights > 0, logprob - old_logprob, 0.0).exp()
+    counts = weights > 0
+    ratio = torch.where(counts, logprob - old_logprob, 0.0).exp()
+    advantages = torch.where(counts, advantages, 0.0)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
     total = weights.sum() if normalizer is None else torch.as_tensor(normalizer)
@@ -132,6 +134,7 @@ def reweight_advantages(advantages: Tensor, weights: Tensor, response: Tensor) -
 
     advantages: (B,) or (B, T); weights: (B, T) from `actfocus_weights`; response: (B, T) bool, N of
     them True. Exact since w >= 0. N and sum(w) must be those of the batch that is averaged over.
+    Where a token has no weight the advantage is never looked at, and the result is 0.
 
     >>> weights, response = torch.tensor([[0.5, 1.5, 0.0]]), torch.tensor([[True, True, False]])
     >>> reweight_advantages(torch.tensor([2.0]), weights, response)
@@ -140,4 +143,5 @@ def reweight_advantages(advantages: Tensor, weights: Tensor, response: Tensor) -
     if advantages.ndim == 1:
         advantages = advantages[:, None]  # (B, 1)
     total = weights.sum()
+    advantages = torch.where(response & (weights > 0), advantages, 0.0)  # not nan * 0, which is nan
     return advantages * weights * response * (response.sum() / torch.where(total > 0, total, 1.0))

@@ -231,14 +231,18 @@ def new_rows(
     return rows
 
 
+class PromptTooLong(ValueError):
+    """A prompt leaves no room for a turn."""
+
+
 def check_prompt_fits(policy: Policy, env: object, max_tokens: int, seed: int = 0) -> None:
-    """Raises ValueError if the prompt of an environment's episode leaves no room for a turn."""
+    """Raises PromptTooLong if the prompt of an environment's episode leaves no room for a turn."""
     check_length(policy.prompt(env.system, env.tools, env.reset(seed)), seed, max_tokens)
 
 
 def check_length(prompt: list[int], seed: int, max_tokens: int) -> None:
     if len(prompt) >= max_tokens:
-        raise ValueError(
+        raise PromptTooLong(
             f"the prompt of seed {seed} has {len(prompt)} tokens: "
             f"max_tokens is {max_tokens}, raise it"
         )
@@ -323,14 +327,17 @@ def score_all(
     policy: Policy, rollouts: Rollouts, mask: Tensor, temperature: float, micro_tokens: int
 ) -> TokenStats:
     """Statistics of the tokens in a mask (B, T), each (B, T); 0 at all other tokens, which are left
-    out of the product with the head."""
+    out of the product with the head. Nothing predicts the first token of an episode, and after its
+    end there is no token: the statistics are 0 there too, whatever the mask says."""
     full = TokenStats(*torch.zeros(3, *rollouts.ids.shape, device=policy.device))
+    inside = torch.arange(mask.shape[1], device=mask.device) < rollouts.lengths[:, None]  # (B, T)
+    mask = mask & inside
     for indices in rollouts.micro_batches(torch.arange(len(rollouts.ids)), micro_tokens):
         hidden, targets = scored_hidden(policy, rollouts, indices, mask)
         with policy.autocast():
             stats = token_stats(hidden, policy.head, targets, temperature=temperature)
-        within, positions = mask[indices].nonzero(as_tuple=True)  # (N,), (N,)
+        within, positions = mask[indices, 1:].nonzero(as_tuple=True)  # (N,), (N,)
         episodes = indices.to(policy.device)[within]  # (N,)
         for laid_out, packed in zip(full, stats, strict=True):
-            laid_out[episodes, positions] = packed
+            laid_out[episodes, positions + 1] = packed
     return full

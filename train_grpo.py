@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -43,10 +42,19 @@ from arms import ARMS, Arm
 from energy import TokenStats
 from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy, load_policy
-from rollout import Rollouts, check_prompt_fits, repeated, rollout, score_all, scored_hidden
+from rollout import (
+    PromptTooLong,
+    Rollouts,
+    check_prompt_fits,
+    repeated,
+    rollout,
+    score_all,
+    scored_hidden,
+)
 from support import logs, memory, transcripts
 from support.checkpoint import Checkpoints, sync
 from support.config import MAY_CHANGE_ON_RESUME, Config, parse
+from support.folder import RunFolderError, hold, writing
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
@@ -197,6 +205,10 @@ class GroupAdvantages:
         """7b. There is nothing to learn, and nothing to log."""
         return {}
 
+    def healthy(self) -> bool:
+        """Is this a state that is worth a checkpoint?"""
+        return True
+
 
 def read(reference: Policy | None, rollouts: Rollouts, config: Config) -> TokenStats | None:
     """6a. What the frozen reference says of the sampled tokens. ActFocus looks at action tokens
@@ -289,9 +301,10 @@ def check_sampling_gaps(gaps: Tensor, bfloat16: bool) -> None:
 class Guard:
     """Leaves out an update whose gradient is not finite; the third in a row ends the run."""
 
-    def __init__(self, name: str):
-        self.name = name  # of the arm
-        self.iteration = 0
+    def __init__(self, name: str, flag: str = "--lr"):
+        self.flag = flag  # the learning rate's
+        self.name = name  # of the arm, or "the critic"
+        self.iteration: int | None = None
         self.left_out_in_a_row = 0
 
     def allows(self, norm: float, loss: float, model: torch.nn.Module) -> bool:
@@ -300,11 +313,13 @@ class Guard:
             self.left_out_in_a_row = 0
             return True
         cause = f"gradient (last loss: {loss:g}) is" if is_finite(model) else "weights are"
-        message = f"{self.name}, iteration {self.iteration}: left out an update, since the {cause} "
-        message += "not finite"
+        place = self.name if self.iteration is None else f"{self.name}, iteration {self.iteration}"
+        message = f"{place}: left out an update, since the {cause} not finite"
         self.left_out_in_a_row += 1
         if self.left_out_in_a_row == 3:
-            raise SystemExit(f"{message}, for the third time in a row; a lower --lr may help")
+            raise SystemExit(
+                f"{message}, for the third time in a row; a lower {self.flag} may help"
+            )
         tqdm.write(message)
         return False
 
@@ -380,37 +395,55 @@ def run(
     config.resolve()
     with memory.explain_out_of_memory(config.device):
         policy = load(config, arms)  # 1
-        start = copy_of_weights(policy)
-        checkpoints, to_train = open_run(config, list(arms), start)
-        out = Path(config.out)
-        if show is not None and not config.resume:
-            show(policy, config, arms)
-        print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
-        try:
-            with checkpoints:
-                for name in to_train:
-                    train(policy, start, config, name, arms[name], checkpoints, make_critic)
-                    if config.save:
+        with hold(Path(config.out)):
+            run_arms(policy, config, arms, make_critic, show)
+
+
+def run_arms(
+    policy: Policy,
+    config: Config,
+    arms: dict[str, Arm],
+    make_critic: Callable | None,
+    show: Callable | None,
+) -> None:
+    """`run` with a policy that is loaded, in a folder that no other process writes to."""
+    out = Path(config.out)
+    start = copy_of_weights(policy)
+    checkpoints, to_train = open_run(config, list(arms), start)
+    if show is not None and not config.resume:
+        show(policy, config, arms)
+    print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
+    try:
+        with checkpoints:
+            for name in to_train:
+                train(policy, start, config, name, arms[name], checkpoints, make_critic)
+                if config.save:
+                    with writing(out / name):
                         policy.save(out / name)
-        except (OSError, safetensors.SafetensorError) as error:
-            how = checkpoints.how_to_resume()
-            raise SystemExit(f"{out} cannot be written: {error}; {how}") from None
-        finally:  # also when interrupted: what has been done is drawn and stays
-            with contextlib.suppress(OSError):  # a full disk, which has been told of
-                logs.draw(out)  # 9
-                transcripts.write_episodes_page(out)
+    except RunFolderError as error:  # an OSError of a world keeps its traceback
+        how = checkpoints.how_to_resume()
+        raise SystemExit(f"{out} cannot be written: {error}; {how}") from None
+    finally:  # also when interrupted: what has been done is drawn and stays
+        with contextlib.suppress(OSError):  # a full disk, which has been told of
+            logs.draw(out)  # 9
+            transcripts.write_episodes_page(out)
     print(logs.summary(out))
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    with contextlib.suppress(RunFolderError), writing(out):
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
 
 
 def load(config: Config, arms: dict[str, Arm]) -> Policy:
-    """1. The policy to train. Whatever makes training impossible is found out here."""
+    """1. The policy to train. Whatever makes training impossible is found out here, and is told in
+    a sentence, except for what a world raises."""
     try:
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
         memory.print_estimate(folder, config, arms.values())
         policy = load_policy(folder, config.device, config.bfloat16)
-        check_prompt_fits(policy, make_env(config.env), config.max_tokens, seed=EVAL_SEEDS)
     except (OSError, ValueError) as error:
+        raise SystemExit(f"the run cannot begin: {error}") from None
+    try:
+        check_prompt_fits(policy, make_env(config.env), config.max_tokens, seed=EVAL_SEEDS)
+    except PromptTooLong as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
     if config.gradient_checkpointing:
         policy.recompute()
@@ -428,7 +461,8 @@ def open_run(config: Config, names: list[str], start: Weights) -> tuple[Checkpoi
         if config.resume:
             current = checkpoints.load_latest()
             return checkpoints, names[names.index(current) :]
-        out.mkdir(parents=True, exist_ok=True)
+        if logs.appended_files(out):  # of a run that ended while this one loaded its model
+            raise ValueError("it holds an earlier run: choose another folder")
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         sync(out / "config.json")
         if config.checkpoint_every:

@@ -24,7 +24,7 @@ from arms import ARMS
 from policy import Policy
 from rollout import Rollouts, scored_hidden
 from support.config import ActFocusConfig, check_range, flag, parse
-from train_grpo import run
+from train_grpo import Guard, run
 
 
 @dataclass
@@ -116,6 +116,25 @@ def whiten(advantages: Tensor, response: Tensor) -> Tensor:
     return torch.where(response & ~equal, spread, 0.0)
 
 
+def explained_variance(returns: Tensor, values: Tensor) -> float:
+    """The share of the variance of returns that the values predicted, both (N,).
+
+    It is 1 if they predicted all of it, 0 if they are no better than the mean, and negative if they
+    are worse. Returns that are all equal have no variance to explain, and it is nan: then they
+    differ by rounding alone, since each is summed from many advantages and a value.
+
+    >>> explained_variance(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.5]))
+    0.75
+    >>> explained_variance(torch.tensor([-0.6, -0.6000001]), torch.tensor([0.2, 0.1]))
+    nan
+    """
+    largest = torch.maximum(returns.abs(), values.abs()).max()
+    if returns.std(correction=0) <= 1e-5 * largest:
+        return math.nan
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
+    return (1 - unexplained).item()
+
+
 class Critic:
     """V(c_t): the policy's trunk, copied, under a linear layer with one output, which starts at 0.
     Trained on the returns with an optimizer of its own."""
@@ -127,8 +146,9 @@ class Critic:
         self.layer = torch.nn.Linear(policy.head.shape[1], 1, device=policy.device)
         torch.nn.init.zeros_(self.layer.weight)
         torch.nn.init.zeros_(self.layer.bias)
-        self.parameters = [*self.trunk.model.parameters(), *self.layer.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.critic_lr)
+        self.learned = torch.nn.ModuleList([self.trunk.model, self.layer])
+        self.optimizer = torch.optim.Adam(self.learned.parameters(), lr=config.critic_lr)
+        self.guard = Guard("the critic", "--critic-lr")
         self.rng = random.Random(config.seed)  # its own: shuffling it leaves prompts as they are
         # Of the last `advantages`: what to fit to, (B, T), and how good the predictions were.
         self.returns: Tensor | None = None
@@ -168,11 +188,10 @@ class Critic:
         rewards = reward_at_end(rollouts.rewards, response)
         values = self.values(rollouts)
         advantages, returns = gae(rewards, values, response, lam=self.config.gae_lambda)
-        error, variance = (returns - values)[response], returns[response].var(correction=0)
         self.returns = returns
         self.quality = {
-            "value_loss": 0.5 * error.square().mean().item(),
-            "explained_variance": (1 - error.var(correction=0) / variance).item(),
+            "value_loss": 0.5 * (returns - values)[response].square().mean().item(),
+            "explained_variance": explained_variance(returns[response], values[response]),
         }
         return whiten(advantages, response)
 
@@ -180,7 +199,8 @@ class Critic:
         """7b. Fit the values to the returns of these rollouts by their squared error, in
         mini-batches as the policy's. Returns columns of the log, of the values before this fit,
         which the advantages came from: their loss, and the share of the variance of the returns
-        that they explain (1: all of it, 0: no better than the mean)."""
+        that they explain, see `explained_variance`. A mini-batch whose gradient is not finite is
+        left out; the third in a row ends the run."""
         response, returns, config = rollouts.response, self.returns, self.config
         for _ in range(config.critic_passes):
             shuffled = torch.tensor(self.rng.sample(range(len(returns)), len(returns)))
@@ -188,12 +208,18 @@ class Critic:
                 count = response[minibatch].sum()
                 for indices in rollouts.micro_batches(minibatch, config.micro_tokens):
                     error = self.predict(rollouts, indices) - returns[indices][response[indices]]
-                    (0.5 * error.square().sum() / count).backward()
-                norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                if norm.isfinite():
+                    loss = 0.5 * error.square().sum() / count
+                    loss.backward()
+                parameters = self.learned.parameters()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                if self.guard.allows(norm.item(), loss.item(), self.learned):
                     self.optimizer.step()
                 self.optimizer.zero_grad()
         return self.quality
+
+    def healthy(self) -> bool:
+        """Is this a state that is worth a checkpoint?"""
+        return self.guard.healthy(self.learned)
 
 
 if __name__ == "__main__":

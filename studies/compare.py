@@ -338,7 +338,8 @@ def run_cell(
             file.truncate(0)
             code = train(cell, shared, out, environ, file, stopping)
             if code:
-                lines = log.read_text(encoding="utf-8").strip().splitlines()
+                # a trainer writes in the encoding of its system, which may be another one
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 return f"{lines[-1] if lines else f'exit code {code}'} ({log})"
     partial.rename(done)
     log.rename(done / "output.txt")
@@ -405,6 +406,10 @@ def train(
 
 # -------------------------------------------------------------------------------------- the answer
 Logs = dict[str, dict[int, Path]]  # of one world and rate: by arm, then by seed
+SAME_EPISODES = (
+    "±: over training seeds. All seeds and evaluations play the same evaluation episodes with the\n"
+    "same random numbers, so it does not say how much depends on which episodes these are."
+)
 
 
 def report(
@@ -417,6 +422,7 @@ def report(
         logs = worlds.setdefault((run.cell.env, run.config.lr), {})
         logs.setdefault(run.cell.arm, {})[run.cell.seed] = run.log
     texts = [table(*world, logs, baseline, threshold) for world, logs in worlds.items()]
+    texts.append(SAME_EPISODES)
     if left_out:
         texts.append("\n".join(left_out))
     text = "\n\n".join(texts)
@@ -445,7 +451,8 @@ def table(env: str, lr: float, logs: Logs, baseline: str, threshold: float) -> s
     First come the means of MEASURES over its seeds; the mean of `reach` is over the seeds that
     reach the threshold, whose number stands in parentheses if it is not all. Then, over the seeds
     that both have, the mean difference to the baseline, its 95 % interval (Student's t), and in how
-    many of these seeds the arm is ahead.
+    many of these seeds the arm is ahead. The interval is about training seeds alone; SAME_EPISODES
+    says what it leaves out.
     """
     found = {baseline: {}}
     for arm, of_arm in logs.items():

@@ -26,6 +26,8 @@ from typing import Any, Protocol
 
 import torch
 
+from support.folder import is_lost, writing
+
 
 class Stateful(Protocol):
     """Anything that training changes: a model, an optimizer, a critic."""
@@ -127,25 +129,29 @@ class Checkpoints:
         """What to do about a run that has ended early, as the end of a sentence."""
         if not self.every:
             return "it cannot be resumed, since --checkpoint-every is 0"
+        if is_lost(self.out):
+            return "it cannot be resumed, since its checkpoints were there"
         command = shlex.join(["python", sys.argv[0], "--resume", str(self.out)])
         return f"resume it with: {command}"
 
     def save(self, state: dict) -> None:
-        """Write a checkpoint and delete all but the newest two. Raises OSError on a full disk."""
-        self.folder.mkdir(exist_ok=True)
-        lengths = {log.name: sync(log) for log in self.list_logs(self.out)}
-        earlier = sorted(self.folder.glob("*.pt"))
-        number = int(earlier[-1].stem.partition("-")[0]) + 1 if earlier else 0
-        half_written = self.folder / "half-written"
-        try:
-            torch.save(state | {"origin": self.origin, "logs": lengths}, half_written)
-        except RuntimeError as error:  # torch's name for a full disk
-            raise OSError(f"{half_written}: {error}") from None
-        sync(half_written)
-        half_written.rename(self.folder / f"{number:06}-{checksum(half_written)}.pt")
-        sync(self.folder)
-        for old in earlier[:-1]:
-            old.unlink()
+        """Write a checkpoint and delete all but the newest two. Raises RunFolderError, which is an
+        OSError, on a full disk."""
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            lengths = {log.name: sync(log) for log in self.list_logs(self.out)}
+            earlier = sorted(self.folder.glob("*.pt"))
+            number = int(earlier[-1].stem.partition("-")[0]) + 1 if earlier else 0
+            half_written = self.folder / "half-written"
+            try:
+                torch.save(state | {"origin": self.origin, "logs": lengths}, half_written)
+            except RuntimeError as error:  # torch's name for a full disk
+                raise OSError(f"{half_written}: {error}") from None
+            sync(half_written)
+            half_written.rename(self.folder / f"{number:06}-{checksum(half_written)}.pt")
+            sync(self.folder)
+            for old in earlier[:-1]:
+                old.unlink()
 
     # ------------------------------------------------------------------------------- interruptions
     def __enter__(self) -> Checkpoints:

@@ -11,9 +11,11 @@ refuses settings that cannot run, before anything does.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -29,6 +31,9 @@ from worlds import ENVIRONMENTS, make_env
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A resumed run may change these: they save memory and leave what is computed as it is.
 MAY_CHANGE_ON_RESUME = ("micro_tokens", "play_batch", "gradient_checkpointing")
+# --alpha, --beta and --signal are for the arms of ActFocus as a whole. The name of any other arm
+# says what it weighs ("discount alone"), and would be untrue of an arm that a flag has changed.
+ADJUSTABLE = ("actfocus", "ppo-actfocus")
 
 
 # ------------------------------------------------------------------------ fields that become flags
@@ -85,8 +90,10 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
 
     config_class: a dataclass whose fields are made by `flag`, with a method `validate`. argv: the
     words of the command line without the script's name; None: this process's. Ends the process
-    with exit code 2 and a sentence if a flag is wrong, as argparse does.
+    with exit code 2 and a sentence if a flag is wrong, as argparse does. From then on, what is
+    printed may hold any character, see `print_anything`.
     """
+    print_anything()
     parser = make_parser(config_class, description)
     args = parser.parse_args(argv)
     if getattr(args, "preset", None) == "paper":
@@ -102,6 +109,13 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+def print_anything() -> None:
+    """Let `print` write a question mark for a character that the terminal's encoding does not have
+    (± in ASCII), where it would end a run of hours with an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def parse_resumed(
@@ -316,6 +330,11 @@ class Config:
             raise ValueError(
                 "--group-size is 1: GRPO compares the rollouts of a prompt and needs at least 2"
             )
+        if self.group_size == 1 and self.keep_groups < 1:
+            raise ValueError(
+                f"--keep-groups is {self.keep_groups}: it keeps the groups whose rewards vary "
+                "most, and groups of one rollout (--group-size 1) do not vary; leave it out"
+            )
         if self.evaluation_episodes() % self.eval_group_size:
             raise ValueError(
                 f"--eval-episodes is {self.evaluation_episodes()}: it must be a multiple of "
@@ -335,6 +354,12 @@ class Config:
             return self.eval_episodes
         return 32 if self.model else 128
 
+    def usual_thoughts(self) -> int | None:
+        """The world's own number of --thoughts; None for a world that is not there or has none."""
+        if self.env not in ENVIRONMENTS:
+            return None
+        return getattr(make_env(self.env), "thoughts", None)
+
     def resolve(self) -> None:
         """Fill in what was not given and depends on other settings."""
         if self.lr is None:
@@ -342,6 +367,8 @@ class Config:
             built_in = 1e-4 if self.env == "shop" else 3e-4
             self.lr = 1e-6 if self.model else built_in
         self.eval_episodes = self.evaluation_episodes()
+        if self.thoughts is not None and self.thoughts == self.usual_thoughts():
+            self.thoughts = None  # the same built-in model as without the flag
         if self.out is None:
             self.out = new_folder(f"{self.env}-seed{self.seed}")
 
@@ -365,17 +392,18 @@ class ActFocusConfig(Config):
     )
     alpha: float | None = flag(
         None,
-        "The weight of a reasoning token, in place of each arm's own (actfocus has 0.1). With "
-        "alpha 1 and beta 0, ActFocus is GRPO.",
+        "The weight of a reasoning token in the arms actfocus and ppo-actfocus, in place of 0.1. "
+        "With alpha 1 and beta 0, ActFocus is GRPO.",
     )
     beta: float | None = flag(
         None,
-        "How much more an action token weighs where the reference is uncertain, in place of each "
-        "arm's own (actfocus has 0.5).",
+        "How much more an action token weighs where the reference is uncertain, in the arms "
+        "actfocus and ppo-actfocus, in place of 0.5.",
     )
     signal: str | None = flag(
         None,
-        f"How uncertainty is measured, in place of each arm's own: {', '.join(SIGNALS)}.",
+        "How uncertainty is measured in the arms actfocus and ppo-actfocus, in place of energy: "
+        f"one of {', '.join(SIGNALS)}.",
     )
 
     def validate(self) -> None:
@@ -403,14 +431,35 @@ class ActFocusConfig(Config):
             raise ValueError(f"--arms is {self.arms}: it names an arm twice; name each once")
         if self.signal not in (None, *SIGNALS):
             raise ValueError(f"--signal is {self.signal}: choose one of {', '.join(SIGNALS)}")
+        self.check_labels(names)
+
+    def check_labels(self, names: list[str]) -> None:
+        """Raise ValueError if --alpha, --beta or --signal would change an arm under its label."""
+        for name in names:
+            arm = ARMS[name]
+            if arm.uniform or name in ADJUSTABLE:
+                continue
+            for setting, value in self.given_weighting().items():
+                own = getattr(arm, setting)
+                if value != own:
+                    raise ValueError(
+                        f"{flag_name(setting)} is {value}, but the arm {name} ({arm.label}) has "
+                        f"{setting} {own}: the flag is for {' and '.join(ADJUSTABLE)}, so leave "
+                        "the flag or the arm out"
+                    )
+
+    def given_weighting(self) -> dict:
+        """--alpha, --beta and --signal by the fields of `Arm`, as far as they were given."""
+        given = {"alpha": self.alpha, "beta": self.beta, "signal": self.signal}
+        return {name: value for name, value in given.items() if value is not None}
 
     def chosen_arms(self) -> dict[str, Arm]:
         """The arms to train, by name.
 
-        --alpha, --beta and --signal replace those of every arm, except for an arm that weighs all
-        tokens alike.
+        --alpha, --beta and --signal replace those of ActFocus. An arm that weighs all tokens alike
+        is left as it is, and `validate` refuses the flags for any other arm that they would change;
+        in runs of before this rule they may have changed it.
         """
-        given = {"alpha": self.alpha, "beta": self.beta, "signal": self.signal}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = self.given_weighting()
         arms = {name: ARMS[name] for name in self.arms.split(",")}
         return {name: arm if arm.uniform else replace(arm, **given) for name, arm in arms.items()}

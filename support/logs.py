@@ -33,6 +33,7 @@ from arms import ARMS
 from fused_loss import PolicyLoss
 from policy import Policy
 from rollout import Rollouts
+from support.folder import writing
 
 # The columns of a log. Row k describes the policy after k iterations, and what it plays then.
 COLUMNS = {
@@ -97,9 +98,9 @@ LARGE = 200_000_000  # parameters: a copy of the gradient of a larger model may 
 # ------------------------------------------------------------------------------- files of a run
 def log(path: Path, row: dict[str, float]) -> None:
     """Append a row to a CSV with a column for each of COLUMNS; one without a value stays empty.
-    Raises ValueError for a key that is no column."""
+    Raises ValueError for a key that is no column, and RunFolderError if it cannot be written."""
     new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with writing(path), path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(COLUMNS))
         if new:
             writer.writeheader()
@@ -124,10 +125,11 @@ def log_prompts(
     so these rows pair the arms of a run.
 
     prompts: the P seeds of the prompts; rollouts: P groups of equal size, in the same order.
+    Raises RunFolderError if it cannot be written.
     """
     new = not path.exists()
     groups = rollouts.success.float().view(len(prompts), -1)  # (P, G)
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with writing(path), path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if new:
             writer.writerow(("arm", "iteration", "prompt", "success"))
@@ -144,8 +146,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) -> None:
-    """Append the first two transcripts to a text file, whole and with control tokens."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append the first two transcripts to a text file, whole and with control tokens. Raises
+    RunFolderError if it cannot be written."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
         for row in range(min(2, len(rollouts.ids))):
             text = policy.tokenizer.decode(rollouts.ids[row, : rollouts.lengths[row]].tolist())
             ending = "success" if rollouts.success[row] else "failure"
@@ -153,8 +156,21 @@ def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) ->
 
 
 def log_files(out: Path) -> list[Path]:
-    """The logs in the folder of a run, one an arm, in the order of ARMS."""
-    return [path for path in (out / f"{name}.csv" for name in ARMS) if path.exists()]
+    """The logs in the folder of a run, one an arm, in the order of its --arms, so that the first
+    is what the others are compared with; without such settings, in the order of ARMS."""
+    named = str(settings_of(out).get("arms") or "").split(",")
+    names = [name for name in named if name in ARMS]
+    names += [name for name in ARMS if name not in names]
+    return [path for path in (out / f"{name}.csv" for name in names) if path.exists()]
+
+
+def settings_of(out: Path) -> dict:
+    """The settings in the folder of a run; {} if they are not there."""
+    try:
+        settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def appended_files(out: Path) -> list[Path]:
@@ -168,6 +184,7 @@ def appended_files(out: Path) -> list[Path]:
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; once that is done, it takes the name. Whoever opens `path`
     finds the old content or the new one, also if the process dies or the power fails on the way.
+    Raises RunFolderError if it cannot be written.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "page.html"
@@ -179,10 +196,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     ('a page', False)
     """
     aside = path.with_stem(f"{path.stem}.unfinished")  # the ending says which format it has
-    yield aside
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with writing(path):
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
 
 
 def column(path: Path, name: str) -> tuple[list[int], list[float]]:
@@ -218,12 +236,12 @@ def draw(out: Path) -> None:
 
 def title_of(out: Path) -> str:
     """What was run, in one line, from the settings in its folder; empty if they are not there."""
+    settings = settings_of(out)
     try:
-        settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
         model = Path(settings["model"]).name if settings["model"] else "built-in model"
         rollouts = settings["prompts"] * settings["group_size"]
         return f"{settings['env']}, {model}, {rollouts} rollouts an iteration"
-    except (OSError, ValueError, KeyError):
+    except KeyError:
         return ""
 
 
@@ -349,6 +367,10 @@ def summary(out: Path) -> str:
     ]
     lines += [summary_line(path) for path in paths]
     lines.append("before, after: before and after training; of training rollouts: the mean of all")
+    lines.append(
+        "± std. error: over the prompts of one evaluation. Every evaluation plays the same prompts "
+        "with\nthe same random numbers, whatever --seed is."
+    )
     trained = [path for path in paths if column(path, "train_success")[1]]
     for path in trained[1:]:
         lines += compared(out, path, trained[0])
@@ -456,17 +478,21 @@ def equal_groups(rewards: Tensor, group_size: int) -> float:
 
 
 class UpdateMeter:
-    """What is logged of an iteration's updates: means over tokens, and over optimizer steps."""
+    """What is logged of an iteration's updates: means over tokens, and over optimizer steps.
+
+    Sums stay on the device until `columns` reads them, since reading one makes a GPU wait.
+    """
 
     def __init__(self, clip_low: float, clip_high: float):
         self.clip_low = clip_low
         self.clip_high = clip_high
-        self.sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
+        self.sums: dict[str, Tensor] = {}  # float64 scalars
         self.norms: list[float] = []
-        self.cosines: list[float] = []
+        self.cosines: list[Tensor] = []
         self.last_gradient: Tensor | None = None
         self.gaps: list[Tensor] = []
 
+    @torch.no_grad()
     def add_micro_batch(
         self, result: PolicyLoss, old_logprob: Tensor, advantage: Tensor, count: Tensor
     ) -> None:
@@ -475,10 +501,14 @@ class UpdateMeter:
         ratio = log_ratio.exp()
         above = (ratio > 1 + self.clip_high) & (advantage > 0)
         below = (ratio < 1 - self.clip_low) & (advantage < 0)
-        self.sums["loss"] += (result.loss.detach() * count).item()
-        self.sums["entropy"] += result.entropy.double().sum().item()
-        self.sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
-        self.sums["clip_fraction"] += (above | below).sum().item()
+        sums = {
+            "loss": (result.loss.detach() * count).double(),
+            "entropy": result.entropy.double().sum(),
+            "kl": (ratio - 1 - log_ratio).double().sum(),
+            "clip_fraction": (above | below).sum().double(),
+        }
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def add_sampling_gaps(self, gaps: Tensor) -> None:
         """gaps: (N,), log-probs of the training pass less those that were noted while sampling."""
@@ -493,7 +523,7 @@ class UpdateMeter:
         gradient = flat_gradient(model)  # (P,) or None
         if self.last_gradient is not None:
             cosine = torch.cosine_similarity(self.last_gradient, gradient, dim=0)
-            self.cosines.append(cosine.item())
+            self.cosines.append(cosine)
         self.last_gradient = gradient
 
     def add_step(self, norm: float) -> None:
@@ -502,13 +532,14 @@ class UpdateMeter:
 
     def columns(self, tokens: int) -> dict[str, float]:
         """Columns of the log. tokens: that were trained on."""
-        found = {name: total / tokens for name, total in self.sums.items()}
+        found = {name: total.item() / tokens for name, total in self.sums.items()}
         found["grad_norm"] = sum(self.norms) / len(self.norms)
         found["skipped_updates"] = sum(not math.isfinite(norm) for norm in self.norms)
         if self.gaps:
             found["sampling_gap"] = self.sampling_gaps().abs().max().item()
         if self.cosines:
-            found["gradient_agreement"] = sum(self.cosines) / len(self.cosines)
+            cosines = torch.stack(self.cosines).tolist()
+            found["gradient_agreement"] = sum(cosines) / len(cosines)
         return found
 
 

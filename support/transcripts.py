@@ -37,6 +37,7 @@ from energy import TokenStats
 from policy import Policy
 from rollout import Rollouts
 from segment import Segment
+from support.folder import writing
 from support.logs import column, title_of, whole_file
 
 COLORS = matplotlib.colormaps["YlOrRd"]
@@ -169,7 +170,8 @@ def save_episodes(
     kept = {"iteration": iteration, "episodes": episodes}
     when = "before" if iteration == 0 else "after"
     folder = out / "episodes"
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     with whole_file(folder / f"{arm_name}-{when}.json") as aside:
         aside.write_text(json.dumps(kept), encoding="utf-8")
 

@@ -26,7 +26,7 @@ import random
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +99,18 @@ class WarmStart:
             raise ValueError(f"{self.env} has no demonstrations to learn from: give --model")
         return env
 
+    def without_defaults(self) -> WarmStart:
+        """The same settings, with None where the world's own number of thoughts or skill is given.
+
+        Both ways of saying it make the same model, and so must have the same fingerprint.
+        """
+        world = replace(self, thoughts=None, skill=None).make_env()
+        same = {}
+        for name in ("thoughts", "skill"):
+            if getattr(self, name) == getattr(world, name, None):
+                same[name] = None
+        return replace(self, **same)
+
 
 # ------------------------------------------------------------------- where built-in models are kept
 def start_folder(env: str, **settings) -> Path:
@@ -109,7 +121,7 @@ def start_folder(env: str, **settings) -> Path:
     use, and made anew if it was damaged since. Raises ValueError for a world or an option that does
     not exist, and if the committed model is damaged.
     """
-    wanted = WarmStart(env, **settings)
+    wanted = WarmStart(env, **settings).without_defaults()
     wanted_fingerprint = fingerprint(wanted)
     committed = STARTS / env
     if committed.exists():
@@ -176,6 +188,7 @@ def fingerprint(settings: WarmStart) -> str:
     These are the settings, the tokenizer's splitting rule, the chat template, the words of the
     world, and twenty demonstrations. The source code is not among them, since a comment may change.
     """
+    settings = settings.without_defaults()
     env, rng = settings.make_env(), random.Random(0)
     episodes = [play_demonstration(env, seed, rng, env.skill) for seed in range(20)]
     hashed = [asdict(settings), PATTERN, CHAT_TEMPLATE, env.system, env.tools, env.skill, episodes]
@@ -206,13 +219,18 @@ def build(settings: WarmStart, device: str = "cpu") -> Policy:
 def play_demonstration(env, seed: int, rng: random.Random, skill: float) -> Episode:
     """One episode of the scripted player, who picks a best move as often as skill says.
 
-    The last observation is left out, because no turn answers it.
+    The last observation is left out, because no turn answers it. Raises RuntimeError in place of
+    an OSError or ValueError of the world, which are taken for a sentence to the user elsewhere.
     """
-    observations, turns = [env.reset(seed)], []
-    while not env.done:
-        turn = env.demonstrate(rng, skill)
-        turns.append(turn)
-        observations.append(env.step(turn).observation)
+    turns = []
+    try:
+        observations = [env.reset(seed)]
+        while not env.done:
+            turn = env.demonstrate(rng, skill)
+            turns.append(turn)
+            observations.append(env.step(turn).observation)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{type(env).__name__} failed in demonstration {seed}") from error
     return observations[:-1], turns
 
 
@@ -448,7 +466,8 @@ def main(argv: list[str] | None = None) -> None:
     usual = FOR_A_CHECKPOINT if model else {}
     try:
         settings = WarmStart(**usual | given)
-        settings.make_env()  # raises ValueError for a world that cannot be demonstrated
+        settings = settings.without_defaults()  # or ValueError: it cannot be demonstrated
+        settings.make_env()  # raises ValueError for a number of thoughts that it cannot have
         least = settings.window_batch  # windows; an episode has at least one
         if settings.window_steps + settings.episode_steps < 1 or settings.episodes < least:
             raise ValueError(f"there must be a step, and at least {least} --episodes for it")

@@ -241,6 +241,21 @@ def test_padding_may_hold_anything():
     )
 
 
+def test_an_advantage_without_weight_may_be_anything():
+    """alpha = 0 takes reasoning out of the loss: what stands there is no part of it."""
+    logprob, old, _, energy, reasoning, action, response = random_batch(15)
+    weights = actfocus_weights(energy, reasoning, action, response, alpha=0.0)
+    advantages = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
+    spoiled = advantages.masked_fill(weights == 0, math.nan)
+    assert (response & (weights == 0)).any()
+    losses = [clipped_loss(logprob, old, each, weights) for each in (advantages, spoiled)]
+    assert torch.equal(*losses)
+    (gradient,) = torch.autograd.grad(losses[1], logprob)
+    assert gradient.isfinite().all() and gradient.any()
+    same = [reweight_advantages(each, weights, response) for each in (advantages, spoiled)]
+    assert torch.equal(*same)
+
+
 def test_loss_of_nothing_is_zero():
     logprob = torch.zeros(2, 3, requires_grad=True)
     loss = clipped_loss(logprob, torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3))

@@ -4,6 +4,7 @@ python -m pytest -q tests/test_checkpoint.py    # deaths at chosen moments, and 
 python tests/test_checkpoint.py 20              # the long version: 20 by SIGKILL, at random
 """
 
+import contextlib
 import csv
 import errno
 import itertools
@@ -25,13 +26,11 @@ import pytest
 import torch
 
 import train_grpo
-from support import (
-    checkpoint,
-    logs,
-)
+from support import checkpoint, folder, logs
 from support.config import parse
 from train_grpo import Guard
 from train_ppo import Critic, PPOConfig
+from worlds import ENVIRONMENTS
 
 ROOT = Path(__file__).parents[1]
 ARMS = "grpo,ppo-actfocus"
@@ -312,6 +311,129 @@ def test_without_checkpoints_there_are_none(tiny_folder, tmp_path, monkeypatch):
     assert not (out / "checkpoints").exists() and len(logs.appended_files(out)) == 4
 
 
+# ------------------------------------------------------------------------- one run in one folder
+HOLDER = """
+import sys
+from pathlib import Path
+from support.folder import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another(out):
+    """Another process has the folder, which it makes if need be."""
+    command = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("end", ["it ends", "it is killed"])
+def test_a_folder_belongs_to_one_run_at_a_time(end, tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--model", tiny_folder, "--out", out, "--arms", "grpo", "--iterations", "1"]
+    with held_by_another(out) as process:
+        said = f"{out} cannot be used: process {process.pid} is running in it"
+        with pytest.raises(SystemExit, match=said):
+            play(*flags)
+        assert [path.name for path in out.iterdir()] == ["lock"]
+        if end == "it is killed":
+            process.kill()
+    assert (out / "lock").exists() == (end == "it is killed")
+    play(*flags)
+    assert (out / "curves.png").exists() and not (out / "lock").exists()
+
+
+def test_a_run_that_was_interrupted_is_resumed_by_one_process(stopped, whole):
+    assert not (stopped / "lock").exists()
+    with held_by_another(stopped) as process:
+        assert f"process {process.pid} is running in it" in refused(stopped)
+    play("--resume", stopped)
+    assert left_behind(stopped) == whole
+
+
+@pytest.mark.parametrize("then", ["nothing", "another run", "only its content is removed"])
+@pytest.mark.parametrize("moment", ["update", "evaluate"])
+def test_a_run_never_writes_into_a_folder_that_is_not_its_own(
+    moment, then, tiny_folder, tmp_path, monkeypatch
+):
+    """Its folder is removed while it plays on, and another run is begun with the same --out."""
+    out, original = tmp_path / "run", getattr(train_grpo, moment)
+    others = contextlib.ExitStack()
+
+    def robbed(*args):
+        monkeypatch.setattr(train_grpo, moment, original)
+        if then == "only its content is removed":
+            for path in [path for path in out.rglob("*") if path.is_file()]:
+                path.unlink()
+        else:
+            shutil.rmtree(out)
+        if then != "nothing":
+            others.enter_context(held_by_another(out))
+            (out / "grpo.csv").write_text("iteration\n0\n")
+        return original(*args)
+
+    monkeypatch.setattr(train_grpo, moment, robbed)
+    with others:
+        said = "cannot be written: it was removed, or taken by another run"
+        with pytest.raises(SystemExit, match=f"{said}.*it cannot be resumed"):
+            play(*SMALL, "--model", tiny_folder, "--out", out)
+        if then == "nothing":
+            assert not out.exists()
+        else:
+            files = sorted(path.name for path in out.rglob("*") if path.is_file())
+            assert files == ["grpo.csv", "lock"]
+            assert (out / "grpo.csv").read_text() == "iteration\n0\n"
+
+
+def test_without_locks_a_run_is_as_before(tiny_folder, tmp_path, monkeypatch):
+    """On Windows, and on disks that know no locks."""
+    flags = [*SMALL, "--model", tiny_folder, "--arms", "grpo", "--iterations", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "fcntl", None)
+        play(*flags, "--out", tmp_path / "windows")
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder.fcntl, "flock", unsupported)
+    play(*flags, "--out", tmp_path / "disk")
+    for name in ("windows", "disk"):
+        assert (tmp_path / name / "curves.png").exists()
+        assert not (tmp_path / name / "lock").exists()
+
+
+# ------------------------------------------------------------------------------ errors of a world
+@pytest.mark.parametrize("error", [FileNotFoundError("a word list"), ValueError("no board")])
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_what_a_world_raises_keeps_its_traceback(where, error, tiny_folder, tmp_path, monkeypatch):
+    """It is neither a folder that cannot be written nor a run that cannot begin."""
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(ENVIRONMENTS["frozenlake"], where, broken)
+    with pytest.raises(type(error), match=str(error)):
+        play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["reset", "step", "demonstrate"])
+def test_what_a_world_raises_while_it_is_demonstrated_is_not_the_users_fault(
+    where, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACTFOCUS_CACHE", str(cache))
+    monkeypatch.setattr(ENVIRONMENTS["frozenlake"], where, lambda *_: [].index(0))
+    with pytest.raises(RuntimeError, match="FrozenLake failed in demonstration 0") as error:
+        play(*SMALL, "--thoughts", "1", "--out", tmp_path / "run")
+    assert isinstance(error.value.__cause__, ValueError)
+
+
 # ---------------------------------------------------------------------------- disks and bad numbers
 def test_a_folder_that_cannot_be_written_is_found_out_first(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
@@ -400,15 +522,15 @@ def test_three_bad_updates_in_a_row_end_the_run(tiny_folder, tmp_path, monkeypat
 
 
 def test_the_guard_counts_what_comes_in_a_row(tiny):
-    guard = Guard()
-    guard.place = "grpo, iteration 4"
-    assert [guard.passes(norm, 0.1, tiny.model) for norm in (nan, nan, 1.0, nan, float("inf"))] == [
+    guard = Guard("grpo")
+    guard.iteration = 4
+    assert [guard.allows(norm, 0.1, tiny.model) for norm in (nan, nan, 1.0, nan, float("inf"))] == [
         False, False, True, False, False,
     ]  # fmt: skip
     said = r"grpo, iteration 4: .*gradient \(last loss: nan\) is not finite, "
     said += "for the third time in a row"
     with pytest.raises(SystemExit, match=said):
-        guard.passes(nan, nan, tiny.model)
+        guard.allows(nan, nan, tiny.model)
 
 
 # ------------------------------------------------------------------------------------ real deaths

@@ -1,6 +1,7 @@
 """compare.py: what it measures by hand, cells that are run once, and a real comparison."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -152,7 +153,8 @@ def test_all_finished_cells_with_these_flags_are_compared(tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
     # the baseline is the first of --arms, whatever the order of ARMS and what else is there
     assert "final less placebo" in text and "less grpo" not in text
-    lake, sokoban, left_out = text.strip().split("\n\n")
+    lake, sokoban, note, left_out = text.strip().split("\n\n")
+    assert note.startswith("±: over training seeds") and "the same evaluation episodes" in note
     assert [line.split()[:2] for line in lake.splitlines()[2:]] == [
         ["placebo", "2"], ["actfocus", "2"], ["grpo", "2"],
     ]  # fmt: skip
@@ -190,6 +192,26 @@ def test_a_cell_of_before_stays_readable(tmp_path):
     first, _ = rows_of(tmp_path)
     assert (first["arm"], first["eval_success"], first["cut_turns"]) == ("grpo", "0.1", "")
     assert "gone" not in first
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_comparison_ends_well_in_any_encoding(encoding, tmp_path, monkeypatch):
+    """That of the terminal, and that of a trainer, which says why it failed."""
+    trainer = tmp_path / "trainer.py"
+    trainer.write_text("import sys\nsys.stderr.buffer.write(b'no caf\\xe9 \\xb1 1')\nsys.exit(1)\n")
+    monkeypatch.setattr(compare, "TRAINER", trainer)
+    for arm in ("grpo", "actfocus"):
+        for seed in (0, 1):
+            make_cell(tmp_path, compare.Cell("frozenlake", arm, None, seed))
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", terminal)
+    flags = ["--out", str(tmp_path), "--device", "cpu", "--seeds", "0-1"]
+    with pytest.raises(SystemExit, match="2 of 6 cells failed"):
+        compare.main([*flags, "--arms", "grpo", "actfocus", "placebo"])
+    terminal.flush()
+    said = terminal.buffer.getvalue().decode(encoding)
+    assert "failed: " in said and "no caf" in said and "compare.csv" in said
+    assert "±" in (tmp_path / "table.txt").read_text(encoding="utf-8")
 
 
 def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(tmp_path, fake_trainer, capsys):

@@ -2,20 +2,25 @@
 summary in the terminal can be read without the code."""
 
 import csv
+import io
 import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from arms import ARMS
+from fused_loss import PolicyLoss
 from support import logs
+from support.config import ActFocusConfig, parse
 from support.logs import (
     COLUMNS,
     LARGE_PANELS,
     LINES,
     PANELS,
+    UpdateMeter,
     appended_files,
     draw,
     log,
@@ -167,7 +172,8 @@ def test_labels_keep_apart():
 # --------------------------------------------------------------------------------------- summary
 def test_the_summary_names_its_columns(tmp_path):
     write_run(tmp_path, {"grpo": [0.1, 0.3, 0.2], "actfocus": [0.1, 0.4, 0.5]})
-    _, names, grpo, actfocus, note, *rest = summary(tmp_path).splitlines()
+    _, names, grpo, actfocus, note, *error, one, two, three = summary(tmp_path).splitlines()
+    rest = [one, two, three]
     assert names.split("  ")[0] == "arm"
     for word in ("before", "best", "after", "± std. error", "change", "iteration"):
         assert word in names
@@ -177,7 +183,61 @@ def test_the_summary_names_its_columns(tmp_path):
     assert rest[0].startswith("actfocus minus grpo, in percentage points")
     assert rest[1].startswith("  in training: +13.3, standard error 2.3 over 30 prompts: more than")
     assert rest[2].startswith("  evaluation after 4 iterations: +30.0, standard error 0.0 over")
-    assert len(rest) == 3
+    assert "the same prompts with the same random numbers, whatever --seed is" in " ".join(error)
+
+
+@pytest.mark.parametrize("arms", ["placebo,ppo", "ppo,placebo"])
+def test_the_first_of_the_arms_is_what_others_are_compared_with(arms, tmp_path, figures):
+    """Whatever their order in ARMS, in the summary and in the picture."""
+    write_run(tmp_path, {"ppo": [0.1, 0.2], "placebo": [0.1, 0.3]})
+    (tmp_path / "config.json").write_text(json.dumps({"arms": arms}))
+    first, second = arms.split(",")
+    lines = summary(tmp_path).splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == [first, second]
+    assert any(line.startswith(f"{second} minus {first}, in percentage points") for line in lines)
+    draw(tmp_path)
+    texts = panel(figures[0], "eval_success").texts
+    assert [text.get_text() for text in texts] == [ARMS[first].label, ARMS[second].label]
+
+
+def test_what_is_logged_of_updates_waits_on_the_device(monkeypatch):
+    """A micro-batch reads nothing back, since each time a GPU would have to finish first; the sums
+    are those in float64."""
+    meter, generator = UpdateMeter(clip_low=0.2, clip_high=0.28), torch.Generator().manual_seed(0)
+    sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waits for the device"))
+        batches = []
+        for _ in range(3):
+            numbers = torch.randn(5, 50, generator=generator)
+            batches.append((PolicyLoss(numbers[0, 0], numbers[1], numbers[2]), numbers[3:]))
+            meter.add_micro_batch(batches[-1][0], *numbers[3:], count=torch.tensor(150))
+    for result, (old_logprob, advantage) in batches:
+        sums["loss"] += (150 * result.loss).item()
+        sums["entropy"] += result.entropy.double().sum().item()
+        log_ratio = result.logprob - old_logprob
+        ratio = log_ratio.exp()
+        sums["kl"] += (ratio - 1 - log_ratio).double().sum().item()
+        clipped = torch.where(advantage > 0, ratio > 1.28, ratio < 0.8)
+        sums["clip_fraction"] += clipped.sum().item()
+    meter.add_step(2.0)
+    found = meter.columns(tokens=150)
+    assert {name: found[name] for name in sums} == {name: sums[name] / 150 for name in sums}
+    assert found["clip_fraction"] > 0 and found["grad_norm"] == 2.0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_any_terminal_can_print_a_summary(encoding, tmp_path, monkeypatch):
+    """A run of hours does not end with an error because a terminal has no ±."""
+    write_run(tmp_path, {"grpo": [0.1, 0.3], "actfocus": [0.1, 0.4]})
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", terminal)
+    parse(ActFocusConfig, "", ["--device", "cpu"])  # as every script begins
+    print(summary(tmp_path), "\N{GREEK SMALL LETTER RHO}")
+    terminal.flush()
+    said = terminal.buffer.getvalue().decode(encoding)
+    assert "actfocus minus grpo" in said and said.endswith(" ?\n")
 
 
 def test_the_last_lines_say_where_to_look(tmp_path):

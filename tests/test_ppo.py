@@ -1,6 +1,8 @@
 """train_ppo.py: advantages by hand on ragged rows of several turns, a critic that learns, and PPO's
 loop as a user runs it."""
 
+import math
+
 import pytest
 import torch
 from test_train import read, run_script
@@ -97,6 +99,43 @@ def test_a_critic_fits_a_known_value_and_leaves_the_policy_alone(built_in):
         assert torch.equal(p, q)
 
 
+def test_equal_returns_have_no_variance_to_explain(built_in):
+    """Returns of episodes that end alike differ by rounding, since each is a sum over tokens."""
+    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5, 6, 7], max_turn_tokens=30)
+    critic = Critic(built_in, PPOConfig())
+    torch.nn.init.normal_(critic.layer.weight, generator=torch.Generator().manual_seed(0))
+    for reward in (-0.6, 0.3, 1.0):
+        rollouts.rewards = torch.full((3,), reward)
+        critic.advantages(rollouts)
+        assert critic.returns[rollouts.response].var() > 0  # by rounding
+        assert math.isnan(critic.quality["explained_variance"])
+        assert critic.quality["value_loss"] > 0
+    rollouts.rewards = torch.tensor([0.3, 0.3, 0.4])
+    critic.advantages(rollouts)
+    assert math.isfinite(critic.quality["explained_variance"])
+
+
+def test_three_bad_updates_of_the_critic_in_a_row_end_the_run(built_in, capsys):
+    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5, 6], max_turn_tokens=30)
+    critic = Critic(built_in, PPOConfig(critic_lr=1e-3, critic_passes=2, minibatch=2))
+    critic.advantages(rollouts)
+    good = critic.returns
+    critic.fit(rollouts)
+    assert critic.healthy()
+    critic.returns = good * math.nan
+    before = [p.detach().clone() for p in critic.learned.parameters()]
+    critic.fit(rollouts)  # two
+    assert not critic.healthy()
+    assert all(map(torch.equal, before, critic.learned.parameters()))
+    said = r"the critic: left out an update, since the gradient \(last loss: nan\) is not finite, "
+    said += "for the third time in a row; a lower --critic-lr may help"
+    with pytest.raises(SystemExit, match=said):
+        critic.fit(rollouts)
+    critic.returns = good
+    critic.fit(rollouts)
+    assert critic.healthy()
+
+
 def test_one_command_trains_ppo_with_and_without_actfocus(start, tmp_path):
     """Alpha 1, beta 0 is PPO bit for bit; the prompts are those of every other arm."""
     flags = ("--arms", "ppo,ppo-actfocus", "--alpha", "1", "--beta", "0", "--save")
@@ -141,6 +180,10 @@ def test_flags_of_the_critic_are_checked(capsys):
         "the arm grpo compares the rollouts of a prompt and needs at least 2"
         in capsys.readouterr().err
     )
+    with pytest.raises(SystemExit):
+        parse(PPOConfig, "", ["--group-size", "1", "--keep-groups", "0.25"])
+    said = capsys.readouterr().err
+    assert "--keep-groups is 0.25" in said and "groups of one rollout (--group-size 1)" in said
     config = PPOConfig()
     config.resolve()
     assert config.critic_lr == 1e-3

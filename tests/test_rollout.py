@@ -9,7 +9,7 @@ from conftest import DEVICES
 from envs import Step, tool_schema
 from kv_cache import PreallocatedLayer
 from policy import load_policy
-from rollout import rollout, sample
+from rollout import rollout, sample, score_all
 from segment import Segment, segment_turn
 from worlds import make_env
 
@@ -273,6 +273,21 @@ def test_sampling_follows_the_distribution():
 def test_refuses(tiny, seeds, temperature):
     with pytest.raises(ValueError, match="must be positive"):
         rollout(tiny, Ragged, seeds, temperature)
+
+
+def test_what_no_token_was_sampled_at_has_no_statistics(policy):
+    """The first token is predicted by nothing, and after an episode's end there is padding."""
+    rollouts, _ = play(policy, [0, 1, 2, 3])
+    inside = torch.arange(rollouts.ids.shape[1]) < rollouts.lengths[:, None].cpu()  # (B, T)
+    assert not inside.all()
+    inside = inside.to(policy.device)
+    predicted = inside.clone()
+    predicted[:, 0] = False
+    wanted = score_all(policy, rollouts, predicted, 1.0, 200)
+    for mask in (torch.ones_like(inside), inside):
+        found = score_all(policy, rollouts, mask, 1.0, 200)
+        for full, expected in zip(found, wanted, strict=True):
+            assert torch.equal(full, expected) and (full[~predicted] == 0).all()
 
 
 def test_take_selects_episodes(tiny):

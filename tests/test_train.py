@@ -28,7 +28,7 @@ from support.config import ActFocusConfig, Config, make_parser, parse, read_conf
 from support.logs import COLUMNS, column
 from train_grpo import Guard, run, update
 from train_ppo import PPOConfig
-from worlds import make_env
+from worlds import ENVIRONMENTS, make_env
 
 ROOT = Path(__file__).parents[1]
 GRPO, FOCUS = ARMS["grpo"], ARMS["actfocus"]
@@ -255,6 +255,12 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
         ("--arms grpo,grpo", "names an arm twice"),
         ("--arms grpo,ppo", "ppo has a critic, so train it with train_ppo.py"),
         ("--signal noise", "--signal is noise: choose one of energy"),
+        # an arm whose name says what it weighs is not made another one under that name
+        ("--arms grpo,discount,energy --beta 2", "--beta is 2.0, but the arm discount (discount"),
+        ("--arms energy --alpha 0.5", "--alpha is 0.5, but the arm energy (energy alone) has"),
+        ("--arms nll --signal energy", "--signal is energy, but the arm nll (with policy NLL)"),
+        ("--arms actfocus,placebo --alpha 0", "--alpha is 0.0, but the arm placebo (placebo)"),
+        ("--arms blame --beta 1", "the flag is for actfocus and ppo-actfocus"),
         (
             "--group-size 1",
             "--group-size is 1: GRPO compares the rollouts of a prompt and needs at",
@@ -281,6 +287,18 @@ def test_wrong_flags_are_refused_before_anything_runs(flags, said, capsys):
     with pytest.raises(SystemExit):
         parse(ActFocusConfig, "", flags.split())
     assert said in capsys.readouterr().err
+
+
+def test_weights_that_are_given_are_those_of_actfocus():
+    """Uniform arms stay uniform, and a value that an arm has anyway changes nothing of it."""
+    flags = "--arms grpo,ppo,actfocus,ppo-actfocus --beta 2 --alpha 0.3 --signal entropy"
+    arms = parse(PPOConfig, "", flags.split()).chosen_arms()
+    assert arms["grpo"] == ARMS["grpo"] and arms["ppo"] == ARMS["ppo"]
+    for name in ("actfocus", "ppo-actfocus"):
+        assert arms[name] == replace(ARMS[name], beta=2.0, alpha=0.3, signal="entropy")
+    assert parse(ActFocusConfig, "", ["--beta", "2"]).chosen_arms()["actfocus"].beta == 2
+    flags = ["--arms", "discount,actfocus", "--alpha", "0.1"]
+    assert parse(ActFocusConfig, "", flags).chosen_arms()["discount"] == ARMS["discount"]
 
 
 @pytest.mark.parametrize("config_class", [Config, ActFocusConfig, PPOConfig, DiagnoseConfig])
@@ -705,6 +723,12 @@ def test_what_was_not_given_is_filled_in_one_place():
         config.resolve()
         assert (config.lr, config.eval_episodes) == (lr, episodes)
         assert config.out.startswith("runs/")
+    for env in ENVIRONMENTS:  # as many thoughts as the world's own is the same as none given
+        own = make_env(env).thoughts
+        for thoughts, wanted in ((own, None), (own + 1, own + 1), (0, 0)):
+            config = Config(env=env, thoughts=thoughts)
+            config.resolve()
+            assert config.thoughts == wanted
     given = Config(out="here", lr=0.0)
     given.resolve()
     assert given.out == "here" and given.lr == 0.0

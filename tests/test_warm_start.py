@@ -60,6 +60,22 @@ def test_the_fingerprint_is_of_words_and_settings(monkeypatch):
     assert fingerprint(WarmStart("shop")) != shape
 
 
+@pytest.mark.parametrize("env", ENVIRONMENTS)
+def test_asking_for_the_worlds_own_is_asking_for_nothing(env, tmp_path, monkeypatch):
+    """The same model, and so the same fingerprint: the committed one serves."""
+    monkeypatch.setenv("ACTFOCUS_CACHE", str(tmp_path))
+    monkeypatch.setattr(warm_start_module, "build", lambda *_: pytest.fail("it is made anew"))
+    world = make_env(env)
+    usual = fingerprint(WarmStart(env))
+    for asked in ({"thoughts": world.thoughts}, {"skill": world.skill}):
+        assert fingerprint(WarmStart(env, **asked)) == usual
+        assert start_folder(env, **asked) == start_folder(env)
+    both = {"thoughts": world.thoughts, "skill": world.skill, "seed": 1}
+    assert fingerprint(WarmStart(env, **both)) == fingerprint(WarmStart(env, seed=1)) != usual
+    for other in ({"thoughts": world.thoughts - 1}, {"skill": 0.9}):
+        assert fingerprint(WarmStart(env, **other)) != usual
+
+
 AIMS = {  # least and most success, least share of true facts, largest share of action tokens
     "frozenlake": (0.25, 0.5, 0.9, 0.16),
     "sokoban": (0.12, 0.5, 0.9, 0.16),
