@@ -168,6 +168,11 @@ class ChatTemplate:
             raise ValueError(
                 f"the chat template refuses one of the messages {named}: {error}"
             ) from None
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ValueError(
+                f"the chat template fails at the messages {named} "
+                f"({type(error).__name__}: {error}): mend chat_template.jinja"
+            ) from None
         pattern = "(.*?)".join(["", *map(re.escape, contents), ""])
         pieces = re.fullmatch(pattern, rendered, re.DOTALL)
         if pieces is None or any(text in piece for text in contents for piece in pieces.groups()):

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chat import ChatTemplate
 from kv_cache import use_packed_attention
+from model_checks import check_config, check_files, check_layers, check_logits, check_weights
 
 
 class Policy:
@@ -49,6 +50,12 @@ class Policy:
         self.end_of_turn = self.chat.end_of_turn
         self.opening = self.chat.opening
         padding = len(self.head) - len(self.chat.bytes_of)  # checkpoints have ids of no token
+        if padding < 0:
+            raise ValueError(
+                f"the tokenizer has {len(self.chat.bytes_of)} tokens and the model's embedding "
+                f"only {len(self.head)} rows: resize it with model.resize_token_embeddings, and "
+                "save the model again"
+            )
         self.bytes_of = self.chat.bytes_of + [b""] * padding
         self.control_tokens = frozenset(i for i, piece in enumerate(self.bytes_of) if not piece)
         self._recomputes = False
@@ -135,40 +142,39 @@ def load_policy(model: str | Path, device: str = "cpu", bfloat16: bool = False) 
     """The policy of a checkpoint: a folder or a hub id of a causal LM with a chat template.
 
     The weights come from safetensors only, as float32, and no code of a checkpoint is ever run.
-    Raises ValueError or OSError, with the reason, for a checkpoint that cannot be used.
+    Raises ValueError or OSError, with the reason, for a checkpoint that cannot be used, or that
+    would not be trained as the model that it is (model_checks.py).
     """
+    check_files(model)
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    check_config(config, model)
     try:
-        network = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        ).to(device)
+        network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # check_weights names and refuses them
+            output_loading_info=True,
+        )
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights of {model} are damaged: {error}") from None
+    check_weights(loading, model)
     check_layers(network, model)
-    # NOTE: not AutoTokenizer: for a Qwen2 it puts Qwen2's own splitting rule in the place of the
-    # one in tokenizer.json.
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(model)
-    policy = Policy(network.eval(), tokenizer, bfloat16)
-    check_logits(policy, model)
-    return policy
+    network.eval().to(device)
+    check_logits(network, model)
+    return Policy(network, load_tokenizer(model), bfloat16)
 
 
-def check_layers(network: transformers.PreTrainedModel, name: str | Path) -> None:
-    """Raises ValueError unless this is a text model whose layers all have a key-value cache."""
-    if not hasattr(network.config, "num_hidden_layers"):  # of a text model inside another
-        raise ValueError(f"{name} is no model of text alone ({type(network).__name__})")
-    kinds = set(getattr(network.config, "layer_types", None) or [])
-    uncached = kinds - {"full_attention", "sliding_attention"}
-    if uncached:
-        named = ", ".join(sorted(uncached))
-        raise ValueError(f"{name} has layers without a key-value cache ({named}): not supported")
+def load_tokenizer(model: str | Path) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint. Raises ValueError or OSError, with the file that is at fault.
 
-
-@torch.no_grad()
-def check_logits(policy: Policy, name: str | Path) -> None:
-    """Raises ValueError unless the logits of a model are its hidden states times its head."""
-    ids = torch.arange(8, device=policy.device)[None]
-    hidden = policy.model.base_model(input_ids=ids).last_hidden_state
-    if not torch.allclose(hidden @ policy.head.T, policy.model(ids).logits, rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            f"{name} changes its logits after the head (a bias, a scale, a cap): not supported"
-        )
+    NOTE: not AutoTokenizer: for a Qwen2 it puts Qwen2's own splitting rule in the place of the one
+    in tokenizer.json.
+    """
+    try:
+        return transformers.PreTrainedTokenizerFast.from_pretrained(model)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"the tokenizer.json of {model} cannot be read: {error}") from None

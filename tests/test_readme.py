@@ -43,9 +43,9 @@ IDEA, OWN_LOOP, TRAINER, GUESS = re.findall(r"```python\n(.*?)```", README, re.S
 # In this order a file imports only from what stands before it. A folder has one place, and its
 # files may import each other.
 HOUSE = (
-    "actfocus", "segment", "energy", "fused_loss", "envs", "worlds", "chat", "kv_cache", "policy",
-    "rollout", "arms", "support", "train_grpo", "train_actfocus", "train_ppo", "walkthrough",
-    "studies", "examples",
+    "actfocus", "segment", "energy", "fused_loss", "envs", "worlds", "chat", "kv_cache",
+    "model_checks", "policy", "rollout", "arms", "support", "train_grpo", "train_actfocus",
+    "train_ppo", "walkthrough", "studies", "examples",
 )  # fmt: skip
 
 

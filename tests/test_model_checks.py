@@ -1,0 +1,219 @@
+"""model_checks.py: checkpoints that would be trained as another model than they are.
+
+Each test makes a tiny checkpoint with random weights and one fault, or one of a kind that must
+still load.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_policy import foreign_checkpoint
+
+from kv_cache import preallocated_cache
+from policy import load_policy
+
+SMALL = {
+    "vocab_size": 420, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 0,
+    "eos_token_id": 2,
+}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A checkpoint whose tokenizer the checkpoints below share."""
+    return foreign_checkpoint(tmp_path_factory.mktemp("tokenizer"), "byte-level")
+
+
+@pytest.fixture
+def checkpoint(tokenizer_folder, tmp_path):
+    """A function (config class, **fields) -> the folder of a tiny checkpoint."""
+
+    def make(config_class, **fields):
+        folder = tmp_path / "model"
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config_class(**fields))
+        model.save_pretrained(folder)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def llama(tokenizer_folder, tmp_path):
+    """A copy of a tiny Llama, to be damaged."""
+    return shutil.copytree(tokenizer_folder, tmp_path / "llama")
+
+
+def edit_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(folder, change):
+    """Rewrite the weights of a folder: change(name, tensor) is a (name, tensor), or None."""
+    path = folder / "model.safetensors"
+    changed = [change(*item) for item in load_file(path).items()]
+    save_file(dict(item for item in changed if item), path, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------------------- what loads as it is
+KINDS = {
+    "qwen2": (transformers.Qwen2Config, SMALL | {"num_key_value_heads": 2}),
+    "qwen3": (transformers.Qwen3Config, GROUPED),
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "llama tied": (transformers.LlamaConfig, GROUPED | {"tie_word_embeddings": True}),
+    "llama untied": (transformers.LlamaConfig, GROUPED | {"tie_word_embeddings": False}),
+    "mistral with a window": (transformers.MistralConfig, GROUPED | {"sliding_window": 8}),
+    "gemma 3 text": (
+        transformers.Gemma3TextConfig,
+        GROUPED | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "smollm2": (  # its fields, as its config.json has them
+        transformers.LlamaConfig,
+        SMALL | {
+            "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "rope_theta": 100000, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["one file", "sharded", "without a generation config"])
+def test_what_loads_is_scored_as_it_is(kind, form, checkpoint):
+    """Hidden states times head are the logits of the model as transformers loads it, and decoding
+    with the cache gives them too."""
+    config_class, fields = KINDS[kind]
+    folder = checkpoint(config_class, **fields)
+    own = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if form == "sharded":
+        (folder / "model.safetensors").unlink()
+        own.save_pretrained(folder, max_shard_size="20KB")
+        assert (folder / "model.safetensors.index.json").exists()
+    if form == "without a generation config":
+        (folder / "generation_config.json").unlink()
+    policy = load_policy(folder)
+    ids = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = own(ids).logits
+        whole = policy.hidden(ids) @ policy.head.T
+        cache = preallocated_cache(policy.model, 20)
+        steps = [policy.hidden(ids[:, at : at + 1], cache) for at in range(20)]
+        decoded = torch.cat(steps, dim=1) @ policy.head.T
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+    for name, value in own.state_dict().items():  # the probes have changed nothing
+        assert torch.equal(policy.model.state_dict()[name], value)
+
+
+def test_superfluous_tensors_that_transformers_knows_of_do_no_harm(llama):
+    """Old Llama checkpoints carry their rotary frequencies, and some tied ones carry the head."""
+    edit_json(llama / "config.json", tie_word_embeddings=True)
+    weights = load_file(llama / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    load_policy(llama)
+
+
+# --------------------------------------------------------------------- weights that do not belong
+def test_weights_of_a_compiled_model_are_refused(llama):
+    """transformers would take none of them, and train random weights."""
+    edit_weights(llama, lambda name, value: (f"_orig_mod.{name}", value))
+    with pytest.raises(
+        ValueError, match="missing: lm_head.* and 18 more; .*model: _orig_mod.lm_head"
+    ):
+        load_policy(llama)
+
+
+def test_a_missing_tensor_is_named(llama):
+    edit_weights(llama, lambda name, value: None if name == "model.norm.weight" else (name, value))
+    with pytest.raises(ValueError, match="missing: model.norm.weight.*save_pretrained"):
+        load_policy(llama)
+
+
+def test_a_superfluous_tensor_is_named(llama):
+    weights = load_file(llama / "model.safetensors") | {"v_head.summary.weight": torch.ones(1, 32)}
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not of this model: v_head.summary.weight"):
+        load_policy(llama)
+
+
+def test_a_vocabulary_of_another_size_is_named(llama):
+    edit_json(llama / "config.json", vocab_size=700)
+    with pytest.raises(ValueError, match=r"another shape .*embed_tokens.weight \(\d+, 32\) for"):
+        load_policy(llama)
+
+
+def test_more_tokens_than_rows_are_refused(llama):
+    """Without this, the first evaluation would look up a row that is not there."""
+    rows = 300
+    edit_json(llama / "config.json", vocab_size=rows)
+    edit_weights(
+        llama, lambda name, value: (name, value[:rows].clone() if len(value) > rows else value)
+    )
+    with pytest.raises(ValueError, match="tokenizer has .* tokens .* only 300 rows"):
+        load_policy(llama)
+
+
+# ------------------------------------------------------------------------ folders of another kind
+def test_quantised_weights_are_refused(llama):
+    edit_json(llama / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="quantised weights .*unquantised"):
+        load_policy(llama)
+
+
+@pytest.mark.parametrize("beside_a_model", [True, False])
+def test_an_adapter_is_refused(beside_a_model, llama):
+    (llama / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not beside_a_model:
+        (llama / "config.json").unlink()
+        (llama / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="adapter .*merge it"):
+        load_policy(llama)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_damaged_file_is_named(name, llama):
+    (llama / name).write_text("")
+    with pytest.raises(ValueError, match=f"{name} is damaged .*fetch it again"):
+        load_policy(llama)
+
+
+def test_a_tokenizer_of_another_form_is_named(llama):
+    (llama / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match="tokenizer.json of .* cannot be read"):
+        load_policy(llama)
+
+
+@pytest.mark.parametrize(
+    "path", ["/nowhere/at/all", "runs/nothing/grpo", "./nothing", "../nothing"]
+)
+def test_a_path_that_does_not_exist_is_no_riddle(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"there is no folder {path}"):
+        load_policy(path)
+
+
+def test_a_file_or_an_empty_folder_is_no_riddle(llama, tmp_path):
+    with pytest.raises(ValueError, match="is a file"):
+        load_policy(llama / "model.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no config.json"):
+        load_policy(tmp_path / "empty")
+
+
+def test_a_template_that_fails_in_its_own_code_is_refused(tmp_path):
+    template = "{{ messages[0].content + 1 }}"  # raises TypeError
+    with pytest.raises(ValueError, match="chat template fails at .*TypeError"):
+        load_policy(foreign_checkpoint(tmp_path, "byte-level", template))
