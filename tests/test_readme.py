@@ -7,6 +7,7 @@ import functools
 import graphlib
 import io
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def test_the_readme_names_the_authors_and_speaks_of_weights():
         assert re.search(rf"author .*\b{author}\b", README)
 
 
-RUN = re.compile(r"(?<![\w/])(?:python3?|torchrun|accelerate launch)((?: +[^\s`|&#]+)+)")
+COMMAND = re.compile(r"(?<![\w/])(?:python3?|torchrun|accelerate launch)((?: +[^\s`|&#]+)+)")
 NOT_OURS = ("pip", "pytest", "venv")  # modules that pages run with python -m
 OUTSIDE_THE_PARSER = {("studies/bench.py", "--child")}  # a process that bench starts itself
 PASSES_ON = {"studies/compare.py": "train_ppo.py"}  # it hands flags that it does not know to this
@@ -160,7 +161,9 @@ PASSES_ON = {"studies/compare.py": "train_ppo.py"}  # it hands flags that it doe
 def commands_of(text: str) -> list[tuple[str, list[str]]]:
     """Every command that starts Python: its module or script, and the flags that this one gets."""
     commands = []
-    for arguments in RUN.findall(re.sub(r"\\\n\s*", " ", text)):  # long ones go on in a next line
+    for arguments in COMMAND.findall(
+        re.sub(r"\\\n\s*", " ", text)
+    ):  # long ones go on in a next line
         words = [word.strip("\"'.,:;()") for word in arguments.split()]
         words = words[words.index("-m") + 1 :] if "-m" in words else words
         if words and re.fullmatch(r"\w+(\.\w+)*|[\w/-]+\.py", words[0]):
