@@ -25,10 +25,15 @@ from policy import Policy
 from rollout import Rollouts, scored_hidden
 from support.config import ActFocusConfig, check_range, flag, parse
 from train_grpo import Guard, run
+from worlds import ENVIRONMENTS
 
 
 @dataclass
 class PPOConfig(ActFocusConfig):
+    # PPO was measured in FrozenLake (results/evidence.md), so that is what it plays by default.
+    env: str = flag("frozenlake", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
+    iterations: int = flag(10, "How many times the policy plays and is then updated.")
+    eval_every: int = flag(5, "The policy is evaluated each time after this many iterations.")
     arms: str = flag(
         "ppo,ppo-actfocus",
         f"The arms to train, one after the other and separated by commas: {', '.join(ARMS)}.",

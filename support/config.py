@@ -217,7 +217,7 @@ class Config:
     paper's; the other defaults suit the built-in model.
     """
 
-    env: str = flag("frozenlake", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
+    env: str = flag("sudoku", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
     model: str | None = flag(
         None,
         "The chat model to train, as a folder or a Hugging Face id. Without this flag it is the "
@@ -233,7 +233,7 @@ class Config:
         'The only preset is "paper": it sets the paper\'s training settings for the world. Flags '
         "that you give beside it still count.",
     )
-    iterations: int = flag(10, "How many times the policy plays and is then updated.")
+    iterations: int = flag(6, "How many times the policy plays and is then updated.")
     prompts: int = flag(8, "How many prompts each iteration plays.")
     group_size: int = flag(8, "How many rollouts of each prompt are played: they form a group.")
     minibatch: int = flag(16, "How many rollouts each optimizer step learns from.")
@@ -273,7 +273,7 @@ class Config:
     )
     max_turn_tokens: int = flag(160, "A turn is cut off after this many tokens.")
     max_tokens: int = flag(4096, "An episode ends after this many tokens, its prompt included.")
-    eval_every: int = flag(5, "The policy is evaluated each time after this many iterations.")
+    eval_every: int = flag(2, "The policy is evaluated each time after this many iterations.")
     eval_episodes: int | None = flag(
         None,
         "How many episodes each evaluation plays. Without this flag it is 128 for a built-in model "

@@ -30,6 +30,7 @@ from policy import load_policy
 from support.warm_start import STARTS
 model, out, *more = sys.argv[1:]
 config = ActFocusConfig(
+    env="frozenlake",
     model=model, out=out, iterations=1, prompts=1, group_size=4, minibatch=4, eval_episodes=1,
     micro_tokens=3200, max_tokens=800, checkpoint_every=0, device="cpu",
     gradient_checkpointing="recompute" in more,
@@ -102,7 +103,7 @@ def test_a_system_that_does_not_tell_its_memory_is_no_error(start, monkeypatch, 
     assert memory.available("cpu") is None
     monkeypatch.delattr("os.sysconf")  # as on Windows
     assert memory.available("cpu") is None
-    config = ActFocusConfig(device="cpu")
+    config = ActFocusConfig(env="frozenlake", device="cpu")
     config.resolve()
     memory.print_estimate(str(start), config, [])
     said = capsys.readouterr().out
@@ -110,7 +111,7 @@ def test_a_system_that_does_not_tell_its_memory_is_no_error(start, monkeypatch, 
 
 
 def test_an_estimate_that_fails_ends_no_run(tmp_path, capsys):
-    config = ActFocusConfig(device="cpu")
+    config = ActFocusConfig(env="frozenlake", device="cpu")
     config.resolve()
     memory.print_estimate(str(tmp_path / "nothing"), config, [])
     assert "note: the memory that this run needs cannot be estimated" in capsys.readouterr().out

@@ -33,7 +33,8 @@ from worlds import ENVIRONMENTS, make_env
 ROOT = Path(__file__).parents[1]
 GRPO, FOCUS = ARMS["grpo"], ARMS["actfocus"]
 SMALL = (
-    "--iterations 2 --prompts 2 --group-size 4 --minibatch 4 --eval-episodes 4 --eval-every 2 "
+    "--env frozenlake --iterations 2 --prompts 2 --group-size 4 --minibatch 4 --eval-episodes 4 "
+    "--eval-every 2 "
     "--lr 1e-3"
 )
 
@@ -347,7 +348,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
     one.resolve()
     monkeypatch.setattr("os.getpid", lambda: 7)
     other.resolve()
-    assert one.out != other.out == "runs/20261126-120000-frozenlake-seed0-7"
+    assert one.out != other.out == "runs/20261126-120000-sudoku-seed0-7"
 
 
 def test_an_earlier_run_is_never_overwritten(both_arms, start, tiny_folder):
@@ -710,7 +711,8 @@ def test_the_paper_has_its_settings_for_each_world():
     }.items():
         config = parse(PPOConfig, "", ["--preset", "paper", *flags.split()])
         assert (config.keep_groups, config.kl_coef) == wanted
-    assert parse(Config, "", ["--preset", "paper"]).keep_groups == 1.0  # train_grpo.py
+    flags = ["--preset", "paper", "--env", "frozenlake"]
+    assert parse(Config, "", flags).keep_groups == 1.0  # train_grpo.py
 
 
 def test_what_was_not_given_is_filled_in_one_place():

@@ -226,7 +226,12 @@ def test_training_shows_one_turn_and_trains_as_without_it(start, tmp_path, monke
     monkeypatch.setenv("ACTFOCUS_CACHE", str(tmp_path))
     for name, show in (("with", show_one_turn), ("without", None)):
         config = ActFocusConfig(
-            model=str(start), out=str(tmp_path / name), device="cpu", lr=1e-3, **settings
+            env="frozenlake",
+            model=str(start),
+            out=str(tmp_path / name),
+            device="cpu",
+            lr=1e-3,
+            **settings,
         )
         run(config, arms, show=show)
         printed = capsys.readouterr().out
@@ -243,6 +248,7 @@ def test_a_resumed_run_does_not_show_the_turn_again(start, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     config = ActFocusConfig(
+    env="frozenlake",
         model=str(start), out=str(tmp_path / "run"), device="cpu", lr=1e-3, iterations=1,
         prompts=1, group_size=2, eval_episodes=2,
     )  # fmt: skip
@@ -270,7 +276,7 @@ def test_the_weights_shown_are_those_of_the_arms(built_in, capsys):
     before, generators = state(built_in), (random.getstate(), torch.get_rng_state())
     arms = {name: ARMS[name] for name in ("grpo", "actfocus", "discount", "placebo", "entropy")}
     began = time.perf_counter()
-    show_one_turn(built_in, ActFocusConfig(device="cpu"), arms)
+    show_one_turn(built_in, ActFocusConfig(env="frozenlake", device="cpu"), arms)
     assert time.perf_counter() - began < 15
     printed = capsys.readouterr().out
     assert random.getstate() == generators[0]
@@ -292,5 +298,5 @@ def test_the_weights_shown_are_those_of_the_arms(built_in, capsys):
 
 def test_a_turn_without_a_call_says_so(tiny, capsys):
     arms = {"actfocus": ARMS["actfocus"]}
-    show_one_turn(tiny, ActFocusConfig(device="cpu", max_turn_tokens=3), arms)
+    show_one_turn(tiny, ActFocusConfig(env="frozenlake", device="cpu", max_turn_tokens=3), arms)
     assert "no token is an action" in capsys.readouterr().out
