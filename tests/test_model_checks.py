@@ -8,17 +8,21 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_policy import foreign_checkpoint
+from tokenizers import normalizers
 
 from arms import ARMS
 from kv_cache import preallocated_cache
 from model_checks import check_length
 from policy import load_policy
 from support.config import Config
-from train_grpo import load
+from support.warm_start import CHAT_TEMPLATE, EVAL_SEEDS
+from train_grpo import first_prompt, load, origin_of
+from worlds import make_env
 
 SMALL = {
     "vocab_size": 420, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -366,3 +370,68 @@ def test_a_cap_that_is_switched_off_is_no_cap(checkpoint):
         checkpoint(transformers.Gemma2Config, **GROUPED, final_logit_softcapping=None)
     )
     assert difference_between_playing_and_scoring(policy, tokens=20) < 1e-4
+
+
+# ------------------------------------------------------- attention that is called by parameter name
+def test_a_model_may_name_the_mask_of_its_attention(checkpoint):
+    """Doge does."""
+    policy = load_policy(checkpoint(transformers.DogeConfig, **GROUPED))
+    assert policy.model.config._attn_implementation == "packed_sdpa"
+    assert difference_between_playing_and_scoring(policy, tokens=20) < 1e-4
+
+
+# -------------------------------------------------------------- a tokenizer that changes its texts
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),  # Llama 2
+        normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")]),
+        normalizers.Sequence(
+            [normalizers.NFD(), normalizers.StripAccents(), normalizers.Replace(" ", "▁")]
+        ),
+        normalizers.Sequence([normalizers.Strip(), normalizers.Replace(" ", "▁")]),
+    ],
+)
+def test_a_tokenizer_that_changes_a_text_is_refused(normalizer, tmp_path):
+    folder = foreign_checkpoint(tmp_path, "sentencepiece")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.normalizer = normalizer
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the tokenizer makes .* of .* adds and changes nothing"):
+        load_policy(folder)
+
+
+def test_a_byte_level_tokenizer_that_puts_a_space_before_is_refused(llama):
+    """RoBERTa's does."""
+    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (llama / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="the tokenizer makes ' .* adds and changes nothing"):
+        load_policy(llama)
+
+
+# ------------------------------------------------------------------------------- the clock of a run
+@pytest.mark.parametrize("before", ["", "\n", "\n\n"])
+def test_no_template_tells_todays_date(before, tmp_path):
+    """SmolLM3's asks for it: another day would be another prompt."""
+    dated = "{{ strftime_now('%d %B %Y') }}, {{ strftime_now('%A %-d. %b %H:%M') }}"
+    policy = load_policy(foreign_checkpoint(tmp_path, "byte-level", before + dated + CHAT_TEMPLATE))
+    shown = policy.tokenizer.decode(policy.prompt("s", [], "o"))
+    assert shown.startswith(before + "26 July 2024, Friday 26. Jul 00:00<|im_start|>system")
+    policy.save(tmp_path / "saved")  # the template is saved as it was
+    saved = (tmp_path / "saved" / "chat_template.jinja").read_text()
+    assert saved == before + dated + CHAT_TEMPLATE
+
+
+def test_a_run_is_compared_by_its_first_prompt(tiny):
+    """A resumed run whose template now writes another prompt is another run."""
+    config = Config(device="cpu")
+    config.resolve()
+    prompt = first_prompt(tiny, config)
+    text = b"".join(tiny.bytes_of[token] for token in prompt).decode()
+    env = make_env(config.env)
+    assert env.system in text and env.reset(EVAL_SEEDS) in text
+    origins = [origin_of(config, {}, ids) for ids in (prompt, prompt, prompt[1:])]
+    assert origins[0] == origins[1]
+    assert origins[0] | {"prompt": ""} == origins[2] | {"prompt": ""}
+    assert origins[0] != origins[2]
