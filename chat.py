@@ -40,6 +40,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 
 import jinja2
@@ -47,6 +48,24 @@ import tiktoken
 import transformers
 
 from segment import token_bytes
+
+# Some templates write today's date into the system message. They get this one, since the same seed
+# on another day would otherwise be another run. Llama 3's own template falls back on it as well.
+# DIRECTIVES are all that a format of strftime may ask for.
+TODAY = datetime(2024, 7, 26)
+DIRECTIVES = [f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyY"] + ["%-d", "%-m"]
+
+# Texts of the kinds that an episode is made of, which `check_encoding` encodes.
+TYPICAL_TEXTS = (
+    "<think>",
+    "<think>\nUp is ice. </think>\n<tool_call>\n",
+    '{"name": "move", "arguments": {"direction": "up"}}\n</tool_call>',
+    " a space before,  two between and one after ",
+    "1234567890, 3.14 and -7",
+    "caf\u00e9, na\u00efve, \u4f60\u597d \u20ac \U0001f600",
+    "1 G O _ O\n2 _ _ _ _\n\n\tP c4",
+    "low. High.</think>",
+)
 
 # Qwen2.5's words, for chat templates that do not say them.
 TOOLS_PROMPT = """
@@ -90,6 +109,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.bytes_of = token_bytes(tokenizer)
         self.encode, self.encode_framing = encoders(tokenizer)
+        check_encoding(self.encode, self.bytes_of)
         self._prompt_framing: dict[str, tuple[list[int], list[int]]] = {}  # by system and tools
         self._has_noted_tools = False
         try:
@@ -162,7 +182,8 @@ class ChatTemplate:
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=True,
-                date_string="26 Jul 2024",  # without it, Llama 3's would write today's date
+                date_string=TODAY.strftime("%d %b %Y"),  # what Llama 3's looks for
+                chat_template=with_fixed_date(self.tokenizer.chat_template),
             )  # fmt: skip
         except jinja2.TemplateError as error:
             raise ValueError(
@@ -180,6 +201,37 @@ class ChatTemplate:
                 f"the chat template does not show the messages {named} once, in order, as they are"
             )
         return list(pieces.groups())
+
+
+def with_fixed_date(template: str | None) -> str | None:
+    """A template whose `strftime_now`, which transformers gives to every template, says TODAY.
+
+    transformers lets nobody pass a function to a template, so a macro of that name is put before
+    it. Jinja drops a line break after a block, so one that the template begins with is doubled.
+    """
+    if template is None or "strftime_now" not in template:
+        return template
+    replaced = "".join(f"|replace('{each}', '{TODAY.strftime(each)}')" for each in DIRECTIVES)
+    macro = "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}"
+    if template.startswith("\n"):
+        macro += "\n"
+    return macro + template
+
+
+def check_encoding(encode: Callable[[str], list[int]], bytes_of: list[bytes]) -> None:
+    """Raises ValueError unless the bytes of an encoded text are the text.
+
+    Tokenizers in Llama 2's manner put a space before every text. A turn would then be heard with
+    spaces that nobody wrote, and one more would stand wherever a template and a message meet.
+    """
+    for text in TYPICAL_TEXTS:
+        heard = b"".join(bytes_of[token] for token in encode(text))
+        if heard != text.encode():
+            raise ValueError(
+                f"the tokenizer makes {heard.decode(errors='replace')!r} of {text!r}: what a turn "
+                "says must be what its tokens say, so choose a checkpoint whose tokenizer adds and "
+                "changes nothing"
+            )
 
 
 def shows_tools(framing: str, tools: list[dict]) -> bool:

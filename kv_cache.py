@@ -78,7 +78,12 @@ def use_packed_attention(model: transformers.PreTrainedModel) -> None:
 
 
 def packed_sdpa(
-    module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,  # some models give it by name
+    **options,
 ) -> tuple[Tensor, None]:
     """transformers' SDPA, except where every episode feeds one token: query (B, heads, 1, D).
 
@@ -86,8 +91,8 @@ def packed_sdpa(
     positions of one head, so that the cache is read once and not once per query head. On a
     processor, decoding waits for little else.
     """
-    if query.shape[2] > 1 or mask is not None:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if query.shape[2] > 1 or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     kv_heads, width = key.shape[1], query.shape[3]
     packed = query.reshape(len(query), kv_heads, -1, width)  # (B, kv heads, heads / kv heads, D)
     out = scaled_dot_product_attention(packed, key, value, scale=options.get("scaling"))

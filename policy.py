@@ -96,26 +96,45 @@ class Policy:
         There is no padding mask. Padding may only stand after the last token of an episode, where
         no token before it can see it.
         """
+        with self.autocast():
+            return self._hidden(ids, cache)
+
+    def _hidden(self, ids: Tensor, cache: transformers.Cache | None) -> Tensor:
         if self._recomputes:
             # transformers recomputes a layer only if the layer is in training mode, and such a
             # layer cannot use a cache. So the mode follows whether there is a gradient. Modules
-            # inside the layer keep theirs, and no dropout comes on.
+            # inside the layer keep theirs, so their dropout stays off. A layer that itself calls
+            # dropout(training=self.training), as OPT's does, is refused by `recompute`.
             for module in self.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = torch.is_grad_enabled()
-        with self.autocast():
-            base = self.model.base_model
-            out = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-            return out.last_hidden_state
+        base = self.model.base_model
+        out = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        return out.last_hidden_state
 
     def recompute(self) -> None:
         """Let each layer compute its activations a second time in the backward pass, and not keep
-        them (gradient checkpointing). This takes far less memory and about a third more time."""
+        them (gradient checkpointing). This takes far less memory and about a third more time.
+
+        Raises ValueError for a model that then computes something else with a gradient than
+        without one: it would be trained under another distribution than it is played with.
+        """
         if hasattr(self.model, "activation_checkpointing_enable"):
             self.model.activation_checkpointing_enable()
         else:  # before transformers 5.20
             self.model.gradient_checkpointing_enable()
         self._recomputes = True
+        ids = torch.arange(8, device=self.device)[None]
+        with torch.no_grad():
+            played = self._hidden(ids, cache=None)
+        with torch.enable_grad():
+            trained = self._hidden(ids, cache=None).detach()
+        if not torch.allclose(trained, played, rtol=1e-3, atol=1e-3 * played.abs().max().item()):
+            raise ValueError(
+                f"{self.model.config.name_or_path} cannot be trained with gradient checkpointing: "
+                "its layers compute something else in training mode (dropout, for example); leave "
+                "out --gradient-checkpointing, or set its dropout to 0 in config.json"
+            )
 
     def autocast(self) -> torch.autocast:
         """The context in which everything is computed from the weights."""

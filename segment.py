@@ -130,8 +130,10 @@ def _label_bytes(text: bytes) -> bytearray:
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     """The bytes of every token, by id. Control tokens (end of turn, padding) and ids that belong to
-    no token have b"". It knows byte-level tokenizers (GPT-2, Qwen, Llama 3), which write bytes as
-    characters, and SentencePiece-like ones, which write a space as "▁"."""
+    no token have b"". The four tags have their bytes even where the tokenizer flags them as
+    special, since they are text that the model writes and the environment reads; without bytes, a
+    sampled `<tool_call>` would end the turn. It knows byte-level tokenizers (GPT-2, Qwen, Llama 3),
+    which write bytes as characters, and SentencePiece-like ones, which write a space as "▁"."""
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
     byte_level = "ByteLevel" in json.dumps(decoder)
@@ -140,7 +142,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     table = [b""] * (1 + max(vocabulary.values()))
     for token, i in vocabulary.items():
         if i in added:
-            table[i] = b"" if added[i].special else token.encode()
+            is_control = added[i].special and not TAG.fullmatch(token.encode())
+            table[i] = b"" if is_control else token.encode()
         elif byte_level:
             table[i] = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
         elif byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):

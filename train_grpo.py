@@ -41,6 +41,7 @@ from actfocus import group_advantages, most_varied_groups
 from arms import ARMS, Arm
 from energy import TokenStats
 from fused_loss import LossSettings, fused_policy_loss
+from model_checks import check_length
 from policy import Policy, load_policy
 from rollout import (
     PromptTooLong,
@@ -409,7 +410,7 @@ def run_arms(
     """`run` with a policy that is loaded, in a folder that no other process writes to."""
     out = Path(config.out)
     start = copy_of_weights(policy)
-    checkpoints, to_train = open_run(config, list(arms), start)
+    checkpoints, to_train = open_run(config, list(arms), start, first_prompt(policy, config))
     if show is not None and not config.resume:
         show(policy, config, arms)
     print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
@@ -439,23 +440,34 @@ def load(config: Config, arms: dict[str, Arm]) -> Policy:
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
         memory.print_estimate(folder, config, arms.values())
         policy = load_policy(folder, config.device, config.bfloat16)
+        check_length(policy.model.config, config.max_tokens)
+        if config.gradient_checkpointing:
+            policy.recompute()
     except (OSError, ValueError) as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
     try:
         check_prompt_fits(policy, make_env(config.env), config.max_tokens, seed=EVAL_SEEDS)
     except PromptTooLong as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
-    if config.gradient_checkpointing:
-        policy.recompute()
     return policy
 
 
-def open_run(config: Config, names: list[str], start: Weights) -> tuple[Checkpoints, list[str]]:
+def first_prompt(policy: Policy, config: Config) -> list[int]:
+    """The ids of the first evaluation's first prompt, in which a template has shown all it writes
+    around messages."""
+    env = make_env(config.env)
+    observation = env.reset(EVAL_SEEDS)
+    return policy.prompt(env.system, env.tools, observation)
+
+
+def open_run(
+    config: Config, names: list[str], start: Weights, prompt: list[int]
+) -> tuple[Checkpoints, list[str]]:
     """The checkpoints of a new run, or of one to go on with, and the arms that are still to train.
     A first checkpoint finds out whether the folder can be written."""
     out = Path(config.out)
     checkpoints = Checkpoints(
-        out, config.checkpoint_every, origin_of(config, start), logs.appended_files
+        out, config.checkpoint_every, origin_of(config, start, prompt), logs.appended_files
     )
     try:
         if config.resume:
@@ -472,8 +484,8 @@ def open_run(config: Config, names: list[str], start: Weights) -> tuple[Checkpoi
     return checkpoints, names
 
 
-def origin_of(config: Config, start: Weights) -> dict:
-    """What must be the same for a run to be resumed: settings, threads and weights."""
+def origin_of(config: Config, start: Weights, prompt: list[int]) -> dict:
+    """What must be the same for a run to be resumed: settings, threads, weights and a prompt."""
     origin = asdict(config)
     for name in ("out", "resume", *MAY_CHANGE_ON_RESUME):
         origin[name] = None
@@ -484,6 +496,7 @@ def origin_of(config: Config, start: Weights) -> dict:
         digest.update(name.encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     origin["weights"] = digest.hexdigest()
+    origin["prompt"] = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
     return origin
 
 

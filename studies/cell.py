@@ -1,6 +1,6 @@
 """Run a script that ends when the process that started it ends.
 
-    python studies/cell.py train_ppo.py --arms grpo --out runs/mine    # compare.py starts it so
+studies/compare.py starts it with the script and the script's flags.
 
 A process that is killed cannot tell its children, and on their own they would train on. But the
 system closes the pipes that a dead process held. So the parent keeps a pipe to this process's

@@ -587,5 +587,6 @@ def warn_if_untagged(reasoning: Tensor, response: Tensor) -> None:
     if share < 0.02:
         tqdm.write(
             f"note: {share:.1%} of the generated tokens are reasoning in <think> </think>; "
-            "without it, ActFocus and GRPO are nearly the same"
+            "without it, ActFocus and GRPO are nearly the same. (Does the model write its thoughts "
+            "between other tags? If those are special tokens of its tokenizer, they end the turn.)"
         )

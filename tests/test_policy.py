@@ -21,7 +21,7 @@ from envs import Step, read_call
 from kv_cache import use_packed_attention
 from policy import load_policy
 from rollout import rollout
-from segment import Segment
+from segment import Segment, segment_turn
 from support.config import Config
 from support.memory import print_estimate
 from support.warm_start import CHAT_TEMPLATE
@@ -486,3 +486,23 @@ def test_a_turn_that_the_template_opened_is_a_thought_for_everyone(tmp_path):
 def test_the_bytes_of_a_turn_are_what_the_environment_hears(tiny):
     for text in NASTY:
         assert tiny.turn_text([*tiny.encode(text), tiny.end_of_turn]) == text
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_tags_that_are_special_tokens_are_still_text(kind, tmp_path):
+    """Without bytes, a sampled <tool_call> would end the turn, and no call would ever be heard."""
+    folder = foreign_checkpoint(tmp_path, kind)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tags, "<|im_start|>"]})
+    tokenizer.save_pretrained(folder)
+    policy = load_policy(folder)
+    opened, closed, call, called = policy.tokenizer.convert_tokens_to_ids(tags)
+    assert policy.tokenizer.added_tokens_decoder[call].special
+    assert not {opened, closed, call, called} & policy.control_tokens
+    turn = [opened, *policy.encode("hm"), closed, call, *policy.encode("{}"), called]
+    assert policy.turn_text(turn) == "<think>hm</think><tool_call>{}</tool_call>"
+    labels = dict(zip(turn, segment_turn([policy.bytes_of[i] for i in turn]), strict=True))
+    assert {labels[tag] for tag in (opened, closed, call, called)} == {Segment.FORMAT}
+    assert Segment.REASONING in labels.values() and Segment.ACTION in labels.values()
+    assert policy.end_of_turn in policy.control_tokens  # all other special tokens still end a turn
