@@ -118,14 +118,14 @@ def train(
             logs.draw(out)  # 9: as far as it is, so that a run can be watched
         progress.set_postfix_str(f"training success {log['train_success']:.2f}")
         progress.update()
-        healthy = guard.healthy(policy.model)
+        healthy = guard.healthy(policy.model) and estimator.healthy()
         checkpoints.maybe_save(name, iteration + 1, stateful, rng, last=False, healthy=healthy)
 
     if first <= config.iterations:  # a resumed arm may have been evaluated already
         log = {"iteration": config.iterations}
         log |= evaluate(policy, start, config, name, arm, config.iterations)
         logs.log(out / f"{name}.csv", log)
-        healthy = guard.healthy(policy.model)
+        healthy = guard.healthy(policy.model) and estimator.healthy()
         after_last = config.iterations + 1
         checkpoints.maybe_save(name, after_last, stateful, rng, last=True, healthy=healthy)
     progress.close()
