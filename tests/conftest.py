@@ -1,8 +1,13 @@
 """Shared by the tests: devices to run on, and a tiny policy that is made in a second and knows
 nothing."""
 
+import os
+
 import pytest
-import torch
+
+# One thread, unless it is set: two are slower for models this small, beside any other process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+import torch  # noqa: E402
 
 from policy import load_policy
 from support.warm_start import start_folder
