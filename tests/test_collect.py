@@ -7,7 +7,8 @@ import pytest
 
 from studies.collect import main
 from studies.data import all_runs, read_settings, read_table
-from support.logs import COLUMNS, log, measures, write_rows
+from studies.stats import measures
+from support.logs import COLUMNS, log, write_rows
 
 
 @pytest.fixture
