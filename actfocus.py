@@ -5,7 +5,8 @@
     loss = clipped_loss(logprob, old_logprob, advantages, weights)   # alpha = 1, beta = 0: GRPO
 
 B trajectories have T tokens; masks say which of them the model wrote (`response`), and which of
-those are reasoning and which action. Formulas: arXiv 2605.14558, but for "our decision".
+those are reasoning and which action. The formulas are those of arXiv 2605.14558, except where a
+line says "our decision".
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def clipped_loss(
 ) -> Tensor:
     """L = -sum(w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)) / sum(w), rho = pi / pi_old.
 
-    logprob, old_logprob, weights: (B, T); advantages: (B,), one per trajectory, or (B, T). With
-    packed tokens, all may be (N,). Returns a scalar. Where a weight is 0, log-probs and advantages
+    logprob, old_logprob, weights: (B, T); advantages: (B,), one per trajectory, or (B, T). Without
+    padding, all may be (N,). Returns a scalar. Where a weight is 0, log-probs and advantages
     are never looked at. normalizer: what to divide by, by default weights.sum(); pass the whole
     mini-batch's sum of weights when micro-batches are accumulated. If it is 0 the loss is 0.
 

@@ -3,10 +3,12 @@
     energy = token_energy(reference_logits)                         # if you have the logits
     energy = token_stats(reference_hidden, head, targets).energy    # if they would not fit
 
-The energy of a position is E = -logsumexp(logits). It measures how large the raw logits are, which
-softmax does not see, and so neither does the entropy. The logits of N tokens over a vocabulary of V
-are by far the largest tensor of a training step, so `token_stats` computes them for one chunk of
-tokens at a time.
+The energy of a position is E = -logsumexp(logits). It is low where a logit stands out, which is
+where the model is sure. But it also sees how large all logits are together: a constant that is
+added to each of them changes the energy, and neither softmax nor the entropy.
+
+The logits of N tokens over a vocabulary of V are by far the largest tensor of a training step, so
+`token_stats` computes them for one chunk of tokens at a time.
 """
 
 from __future__ import annotations

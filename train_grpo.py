@@ -16,7 +16,9 @@ The stages, with the numbers that the README and walkthrough.py use as well:
     8   log                      a row of the CSV
     9   draw                     curves.png and episodes.html
 
-An *arm* is one way of crediting tokens (GRPO, ActFocus, a control); arms.py lists them all. Left
+An *arm* is one way of crediting tokens (GRPO, ActFocus, a control); arms.py lists them all. The
+loop reaches the functions of actfocus.py through others: `arm.weights` calls `actfocus_weights`,
+`fused_policy_loss` is `clipped_loss` in chunks, and `rollout` labels tokens with segment.py. Left
 out, to keep the loop readable: several devices, an inference engine, asynchronous rollouts, LoRA.
 """
 
@@ -95,6 +97,7 @@ def train(
         if iteration % config.eval_every == 0:
             log |= evaluate(policy, start, config, name, arm, iteration)  # 2
         began = time.perf_counter()
+        # below WARM_START_SEEDS: none that the warm start has demonstrated
         prompts = [rng.randrange(WARM_START_SEEDS) for _ in range(config.prompts)]
         played = play_groups(policy, config, prompts)  # 3 and 4
         log["seconds_play"] = time.perf_counter() - began
@@ -157,7 +160,8 @@ def keep_examples(
     rollouts: Rollouts,
 ) -> None:
     """Keep a few episodes of an evaluation, as text and for episodes.html, with what the starting
-    model says of each token and the weight that the token would have in the loss."""
+    model says of each token and the weight that the token would have in the loss. (The energies
+    are standardised over these few episodes, and in training over a whole iteration.)"""
     out = Path(config.out)
     title = f"{name} after {iteration} iterations"
     logs.write_samples(out / "samples.txt", title, policy, rollouts)
@@ -170,7 +174,9 @@ def keep_examples(
 
 
 def play_groups(policy: Policy, config: Config, prompts: Sequence[int]) -> Rollouts:
-    """3. Play each prompt group_size times. 4. rollout() labels every token from its bytes."""
+    """3. Play each prompt group_size times. 4. rollout() labels every token from its bytes.
+
+    Random numbers depend on the prompt, and so differ from iteration to iteration."""
     seeds = repeated(prompts, config.group_size)
     return play(policy, config, seeds, config.temperature, sampling_seed=config.seed)
 

@@ -112,6 +112,7 @@ def comparisons() -> dict[str, Comparison]:
             f"dose/thoughts{sentences}", names=("grpo", "actfocus")
         )
     found["FrozenLake, planned"] = planned()
+    found["Sudoku, the default world"] = arms_of("default-world", names=("grpo", "actfocus"))
     names = ("grpo", "actfocus", "discount", "energy", "placebo", "blame")
     found["Sudoku"] = arms_of("seeds-sudoku", names=names)
     found["Sudoku, silence blamed"] = arms_of("seeds-sudoku", names=("actfocus", "blame"))
