@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,7 @@ from policy import Policy, load_policy
 from rollout import Rollouts, repeated, rollout
 from support.config import Config
 from support.warm_start import start_folder
-from train_grpo import Guard, read, update
+from train_grpo import Guard, read, score, update
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
@@ -283,6 +284,9 @@ def bench_update(args: argparse.Namespace) -> Iterator[Result]:
     advantages = group_advantages(rollouts.rewards, GROUP)
     policy = shaped_policy(args)
     reference = policy.frozen_copy()
+    # The player may be another model: the log-probs that the update compares with are the policy's.
+    noted = score(policy, rollouts, rollouts.response, Config()).logprob
+    rollouts = replace(rollouts, old_logprob=noted, sampled_logprob=noted)
 
     def cost(arm: Arm, kl_coef: float) -> float:
         config = Config(kl_coef=kl_coef, micro_tokens=args.micro_tokens)

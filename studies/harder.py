@@ -31,7 +31,7 @@ class HarderSokoban(Sokoban):
 
     def demonstrate(self, rng: random.Random, skill: float) -> str:
         # 99 if the level is lost or too far from its end: then a best move is never played
-        needed = self._needs((self.player, self.boxes))
+        needed = self._moves_needed((self.player, self.boxes))
         return super().demonstrate(rng, skill ** (needed / 3))
 
 
