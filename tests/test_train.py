@@ -542,9 +542,8 @@ def test_the_kl_penalty_pulls_towards_the_reference(built_in, played):
     """With the ratio before it, k1's gradient is the policy's: where log pi > log ref, a token's
     log-prob is pushed down."""
     frozen = score_all(built_in, played, played.response, 1.0, 10**5)
-    shifted = (
-        frozen.logprob - 1.0
-    ) * played.response  # as if the reference found every token e times less likely
+    # As if the reference found every token e times less likely.
+    shifted = frozen._replace(logprob=(frozen.logprob - 1.0) * played.response)
     config = Config(minibatch=100, entropy_coef=0.0, kl_coef=1.0)
     optimizer, caught = torch.optim.SGD(built_in.model.parameters(), lr=0.0), []
     optimizer.register_step_pre_hook(
