@@ -10,8 +10,8 @@ The stages, with the numbers that the README and walkthrough.py use as well:
     3   play groups              each prompt several times
     4   segment                  each sampled token is reasoning, action or format
     5   advantages               within each group, or from PPO's critic
-    6a  the reference reads      a frozen copy of the start reads the rollouts
-    6b  token weights            the only stage that ActFocus changes
+    6a  the reference reads      for arms that ask for it, and for a KL term
+    6b  token weights            with 6a, all that ActFocus changes
     7   mini-batch updates       one optimizer step for each mini-batch
     8   log                      a row of the CSV
     9   draw                     curves.png and episodes.html
