@@ -222,7 +222,7 @@ def new_rows(
     for seed in seeds:
         env = env_factory()
         prompt = policy.prompt(env.system, env.tools, env.reset(seed))
-        check_length(prompt, seed, max_tokens)
+        check_prompt_length(prompt, seed, max_tokens)
         generator = np.random.default_rng([sampling_seed, seed, times_seen[seed]])
         times_seen[seed] += 1
         row = Row(env, generator.random(max_tokens, dtype=np.float32))
@@ -237,10 +237,10 @@ class PromptTooLong(ValueError):
 
 def check_prompt_fits(policy: Policy, env: object, max_tokens: int, seed: int = 0) -> None:
     """Raises PromptTooLong if the prompt of an environment's episode leaves no room for a turn."""
-    check_length(policy.prompt(env.system, env.tools, env.reset(seed)), seed, max_tokens)
+    check_prompt_length(policy.prompt(env.system, env.tools, env.reset(seed)), seed, max_tokens)
 
 
-def check_length(prompt: list[int], seed: int, max_tokens: int) -> None:
+def check_prompt_length(prompt: list[int], seed: int, max_tokens: int) -> None:
     if len(prompt) >= max_tokens:
         raise PromptTooLong(
             f"the prompt of seed {seed} has {len(prompt)} tokens: "

@@ -166,7 +166,9 @@ def keep_examples(
     title = f"{name} after {iteration} iterations"
     logs.write_samples(out / "samples.txt", title, policy, rollouts)
     few = transcripts.shown_episodes(rollouts, config.eval_group_size)
-    with other_weights(policy, start) as starting_policy:
+    # Before training, the policy is the starting model itself.
+    at_start = other_weights(policy, start) if iteration else contextlib.nullcontext(policy)
+    with at_start as starting_policy:
         temperature, micro_tokens = config.eval_temperature, config.micro_tokens
         frozen = score_all(starting_policy, few, few.response, temperature, micro_tokens)
     weights = arm.weights(few, frozen, seed=config.seed)

@@ -20,24 +20,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arms import ARMS
 from policy import Policy
 from rollout import Rollouts, scored_hidden
-from support.config import ActFocusConfig, check_range, flag, parse
+from support.config import ActFocusConfig, check_range, flag, parse, same_flag
 from train_grpo import Guard, run
-from worlds import ENVIRONMENTS
 
 
 @dataclass
 class PPOConfig(ActFocusConfig):
     # PPO was measured in FrozenLake (results/evidence.md), so that is what it plays by default.
-    env: str = flag("frozenlake", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
-    iterations: int = flag(10, "How many times the policy plays and is then updated.")
-    eval_every: int = flag(5, "The policy is evaluated each time after this many iterations.")
-    arms: str = flag(
-        "ppo,ppo-actfocus",
-        f"The arms to train, one after the other and separated by commas: {', '.join(ARMS)}.",
-    )
+    env: str = same_flag(ActFocusConfig, "env", "frozenlake")
+    iterations: int = same_flag(ActFocusConfig, "iterations", 10)
+    eval_every: int = same_flag(ActFocusConfig, "eval_every", 5)
+    arms: str = same_flag(ActFocusConfig, "arms", "ppo,ppo-actfocus")
     critic_lr: float | None = flag(
         None,
         "The learning rate of the critic. Without this flag it is 1e-3 for a built-in model and "

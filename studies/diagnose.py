@@ -50,12 +50,21 @@ from studies.gradient_signal import (
 )
 from studies.gradient_signal import summary as signal_summary
 from support import memory
-from support.config import DEVICE, check_device, check_range, flag, new_folder, parse
+from support.config import (
+    DEVICE,
+    Config,
+    check_device,
+    check_range,
+    flag,
+    new_folder,
+    parse,
+    same_flag,
+)
 from support.logs import log_files, write_rows
 from support.transcripts import draw_transcripts
 from support.warm_start import start_folder
 from train_grpo import play, score
-from worlds import ENVIRONMENTS, make_env
+from worlds import make_env
 
 DIAGNOSE_SEEDS = 3_000_000_000  # and on: seeds that nothing else draws
 TOKENS = {  # choices of tokens: label, color
@@ -70,7 +79,7 @@ TOKENS = {  # choices of tokens: label, color
 class DiagnoseConfig:
     """The settings of a diagnosis, each of which is a flag."""
 
-    env: str = flag("frozenlake", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
+    env: str = same_flag(Config, "env", "frozenlake")
     model: str | None = flag(
         None,
         "The reference, as a folder or a Hugging Face id. Without this flag it is the built-in "
@@ -103,20 +112,16 @@ class DiagnoseConfig:
     temperature: float = flag(1.0, "The temperature at which rollouts are sampled.")
     alpha: float = flag(0.1, "The weight of a reasoning token in the pictures of tokens.")
     beta: float = flag(0.5, "How much more an uncertain action token weighs in these pictures.")
-    play_batch: int = flag(
-        256, "How many rollouts are played at the same time. Fewer need less memory."
-    )
+    play_batch: int = same_flag(Config, "play_batch", 256)
     micro_tokens: int = flag(
         8192, "How many tokens one forward pass may hold, padding included. Fewer need less memory."
     )
-    max_turn_tokens: int = flag(160, "A turn is cut off after this many tokens.")
-    max_tokens: int = flag(4096, "An episode ends after this many tokens, its prompt included.")
+    max_turn_tokens: int = same_flag(Config, "max_turn_tokens", 160)
+    max_tokens: int = same_flag(Config, "max_tokens", 4096)
     seed: int = flag(0, "The seed of sampling.")
     device: str = flag(DEVICE, "The torch device to compute on.")
     bfloat16: bool = flag(False, "Compute in bfloat16 on a CPU as well.")
-    out: str | None = flag(
-        None, "The folder for the results. Without this flag it is a new folder in runs/."
-    )
+    out: str | None = same_flag(Config, "out", None)
 
     def shaping(self) -> dict:
         """What was asked of the built-in model, by fields of `WarmStart`."""

@@ -42,6 +42,11 @@ def flag(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def same_flag(config_class: type, name: str, default):
+    """A flag of another config, with the same sentence of help and a default of its own."""
+    return flag(default, config_class.__dataclass_fields__[name].metadata["help"])
+
+
 def flag_name(field_name: str) -> str:
     """How a field is spelled on the command line.
 
