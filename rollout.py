@@ -235,12 +235,8 @@ class PromptTooLong(ValueError):
     """A prompt leaves no room for a turn."""
 
 
-def check_prompt_fits(policy: Policy, env: object, max_tokens: int, seed: int = 0) -> None:
-    """Raises PromptTooLong if the prompt of an environment's episode leaves no room for a turn."""
-    check_prompt_length(policy.prompt(env.system, env.tools, env.reset(seed)), seed, max_tokens)
-
-
 def check_prompt_length(prompt: list[int], seed: int, max_tokens: int) -> None:
+    """Raises PromptTooLong if the prompt of an episode leaves no room for a turn."""
     if len(prompt) >= max_tokens:
         raise PromptTooLong(
             f"the prompt of seed {seed} has {len(prompt)} tokens: "

@@ -6,7 +6,7 @@
 
 The loop is `train` of train_grpo.py. What ActFocus changes in it is stage 6, the weights of the
 tokens, and nothing else. This script shows these weights on one turn of the policy, and then trains
-the arms one after the other.
+the arms: those of a small model side by side, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -74,4 +74,4 @@ def show_one_turn(policy: Policy, config: ActFocusConfig, arms: dict[str, Arm]) 
 
 if __name__ == "__main__":
     config = parse(ActFocusConfig, "ActFocus and GRPO side by side on a tool-calling environment.")
-    run(config, config.chosen_arms(), show=show_one_turn)
+    run(config, config.chosen_arms(), show=show_one_turn, script=__file__)

@@ -28,12 +28,14 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,16 +50,18 @@ from policy import Policy, load_policy
 from rollout import (
     PromptTooLong,
     Rollouts,
-    check_prompt_fits,
+    check_prompt_length,
     repeated,
     rollout,
     score_all,
     scored_hidden,
 )
 from support import logs, memory, transcripts
-from support.checkpoint import Checkpoints, sync
+from support.checkpoint import Checkpoints, has_checkpoint, how_to_resume, sync
 from support.config import MAY_CHANGE_ON_RESUME, Config, parse
 from support.folder import RunFolderError, hold, writing
+from support.processes import Interruption, usable_cores
+from support.side_by_side import train_side_by_side
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
@@ -66,6 +70,8 @@ Weights = dict[str, Tensor]  # of a model, by name
 # rounding makes was measured on SmolLM2-135M: 0.00002 in float32, and 0.08 in bfloat16.
 SAMPLING_GAP = 0.05
 SAMPLING_GAP_BFLOAT16 = 0.5
+# Parameters up to which a model is small: the built-in ones have 0.4M, SmolLM2 has 135M.
+SMALL = 10_000_000
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -78,7 +84,10 @@ def train(
     checkpoints: Checkpoints,
     make_critic: Callable | None = None,
 ) -> None:
-    """Train one arm from the weights `start`, in place, and log to <config.out>/<name>.csv."""
+    """Train one arm from the weights `start`, in place, and log to <config.out>/<name>.csv.
+
+    checkpoints: of this arm; where they have loaded a state, training goes on from there.
+    """
     out = Path(config.out)
     policy.model.load_state_dict(start)  # 1
     reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
@@ -89,7 +98,7 @@ def train(
     stateful = {"policy": policy.model, "optimizer": optimizer}
     if arm.critic:
         stateful["critic"] = estimator
-    first = checkpoints.restore(name, stateful, rng)
+    first = checkpoints.restore(stateful, rng)
     progress = tqdm(total=config.iterations, initial=first, desc=name, dynamic_ncols=True)
 
     for iteration in range(first, config.iterations):
@@ -118,7 +127,7 @@ def train(
         if iteration == 0 and not arm.uniform:
             logs.warn_if_untagged(rollouts.reasoning, rollouts.response)
         if iteration % config.eval_every == 0:
-            logs.draw(out)  # 9: as far as it is, so that a run can be watched
+            logs.draw(checkpoints.whole)  # 9: as far as it is, so that a run can be watched
         progress.set_postfix_str(f"training success {log['train_success']:.2f}")
         progress.update()
         healthy = guard.healthy(policy.model) and estimator.healthy()
@@ -329,7 +338,7 @@ class Guard:
             raise SystemExit(
                 f"{message}, for the third time in a row; a lower {self.flag} may help"
             )
-        tqdm.write(message)
+        tqdm.write(f"note: {message}")
         return False
 
     def healthy(self, model: torch.nn.Module) -> bool:
@@ -390,55 +399,55 @@ def copy_of_weights(policy: Policy) -> Weights:
 
 
 # --------------------------------------------------------------------------- a run of several arms
+class ArmRun(NamedTuple):
+    """What is to be trained of one arm, by itself or among several."""
+
+    name: str
+    config: Config  # with the folder of this arm, in a run of several
+    checkpoints: Checkpoints
+
+
 def run(
     config: Config,
     arms: dict[str, Arm],
     make_critic: Callable | None = None,
     show: Callable | None = None,
+    script: str | None = None,
 ) -> None:
     """Train each arm from the same weights on the same prompts, and draw them together.
 
+    A run of one arm writes into the folder config.out. A run of several arms is a folder of such
+    runs: each arm has its own in there, and can be resumed alone or with the others.
+
     make_critic(policy, config): for arms with a critic (train_ppo.py). show(policy, config, arms):
-    called once before a new run trains (train_actfocus.py).
+    called once before a new run trains (train_actfocus.py). script: the file that a process can run
+    to train one of the arms; with it, several of them go side by side where `arms_at_once` says so.
     """
     config.resolve()
+    out = Path(config.out)
     with memory.explain_out_of_memory(config.device):
         policy = load(config, arms)  # 1
-        with hold(Path(config.out)):
-            run_arms(policy, config, arms, make_critic, show)
-
-
-def run_arms(
-    policy: Policy,
-    config: Config,
-    arms: dict[str, Arm],
-    make_critic: Callable | None,
-    show: Callable | None,
-) -> None:
-    """`run` with a policy that is loaded, in a folder that no other process writes to."""
-    out = Path(config.out)
-    start = copy_of_weights(policy)
-    checkpoints, to_train = open_run(config, list(arms), start, first_prompt(policy, config))
-    if show is not None and not config.resume:
-        show(policy, config, arms)
-    print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
-    try:
-        with checkpoints:
-            for name in to_train:
-                train(policy, start, config, name, arms[name], checkpoints, make_critic)
-                if config.save:
-                    with writing(out / name):
-                        policy.save(out / name)
-    except RunFolderError as error:  # an OSError of a world keeps its traceback
-        how = checkpoints.how_to_resume()
-        raise SystemExit(f"{out} cannot be written: {error}; {how}") from None
-    finally:  # also when interrupted: what has been done is drawn and stays
-        with contextlib.suppress(OSError):  # a full disk, which has been told of
-            logs.draw(out)  # 9
-            transcripts.write_episodes_page(out)
-    print(logs.summary(out))
-    with contextlib.suppress(RunFolderError), writing(out):
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        prompt = first_prompt(policy, config)
+        choose_threads(policy, config)
+        start = copy_of_weights(policy)
+        may_wait = config.checkpoint_every > 0  # else an iteration is not worth waiting for
+        with hold(out), Interruption(may_wait) as interruption:
+            print(f"results go to {out}")
+            origin = origin_of(config, start, prompt)
+            to_train = open_run(config, list(arms), origin, interruption)
+            if show is not None and not config.resume:
+                show(policy, config, arms)
+            print("The loss stays near zero by construction: watch success.")
+            at_once = arms_at_once(policy, config, arms, len(to_train)) if script else 1
+            with drawn_at_the_end(config):
+                if at_once > 1:
+                    del policy, start  # each process has its own
+                    configs = {name: own for name, own, _ in to_train}
+                    train_side_by_side(script, configs, out, at_once, interruption)
+                else:
+                    for each in to_train:
+                        train_one(policy, start, each, arms[each.name], make_critic)
+            print(logs.summary(out))
 
 
 def load(config: Config, arms: dict[str, Arm]) -> Policy:
@@ -453,43 +462,141 @@ def load(config: Config, arms: dict[str, Arm]) -> Policy:
             policy.recompute()
     except (OSError, ValueError) as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
-    try:
-        check_prompt_fits(policy, make_env(config.env), config.max_tokens, seed=EVAL_SEEDS)
-    except PromptTooLong as error:
-        raise SystemExit(f"the run cannot begin: {error}") from None
     return policy
 
 
 def first_prompt(policy: Policy, config: Config) -> list[int]:
     """The ids of the first evaluation's first prompt, in which a template has shown all it writes
-    around messages."""
+    around messages. Raises SystemExit if it leaves no room for a turn."""
     env = make_env(config.env)
-    observation = env.reset(EVAL_SEEDS)
-    return policy.prompt(env.system, env.tools, observation)
-
-
-def open_run(
-    config: Config, names: list[str], start: Weights, prompt: list[int]
-) -> tuple[Checkpoints, list[str]]:
-    """The checkpoints of a new run, or of one to go on with, and the arms that are still to train.
-    A first checkpoint finds out whether the folder can be written."""
-    out = Path(config.out)
-    checkpoints = Checkpoints(
-        out, config.checkpoint_every, origin_of(config, start, prompt), logs.appended_files
-    )
+    prompt = policy.prompt(env.system, env.tools, env.reset(EVAL_SEEDS))
     try:
-        if config.resume:
-            current = checkpoints.load_latest()
-            return checkpoints, names[names.index(current) :]
-        if logs.appended_files(out):  # of a run that ended while this one loaded its model
-            raise ValueError("it holds an earlier run: choose another folder")
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        sync(out / "config.json")
-        if config.checkpoint_every:
-            checkpoints.save({"arm": names[0], "iteration": 0})
+        check_prompt_length(prompt, EVAL_SEEDS, config.max_tokens)
+    except PromptTooLong as error:
+        raise SystemExit(f"the run cannot begin: {error}") from None
+    return prompt
+
+
+def choose_threads(policy: Policy, config: Config) -> None:
+    """Let a small model on a CPU compute with one thread, and a large one with no more than this
+    process can keep busy, unless OMP_NUM_THREADS says how many."""
+    if config.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = 1 if is_small(policy) else min(torch.get_num_threads(), usable_cores())
+    torch.set_num_threads(threads)
+
+
+def is_small(policy: Policy) -> bool:
+    """Is this a model that computes faster with one thread than with several, as soon as any other
+    process needs the processor?"""
+    return sum(p.numel() for p in policy.model.parameters()) <= SMALL
+
+
+def arms_at_once(policy: Policy, config: Config, arms: dict[str, Arm], to_train: int) -> int:
+    """How many arms go side by side: those of a small model on a CPU, as many as there are cores
+    and memory for. A large model and a GPU are kept busy by one arm."""
+    if config.device != "cpu" or not is_small(policy) or to_train < 2:
+        return 1
+    cores = usable_cores() // torch.get_num_threads()
+    if cores < 2:
+        return 1
+    folder = config.model or start_folder(config.env, thoughts=config.thoughts)
+    return max(1, min(to_train, cores, memory.how_many_fit(folder, config, arms.values())))
+
+
+# ------------------------------------------------------------------------ the folders of a run
+def open_run(
+    config: Config, names: list[str], origin: dict, interruption: Interruption
+) -> list[ArmRun]:
+    """The arms to train: all of a new run, or those of an earlier one that are not finished. Raises
+    SystemExit if the folder cannot be used."""
+    out = Path(config.out)
+    all_runs = []
+    for name in names:
+        own, own_origin = config, origin
+        if len(names) > 1:
+            own = replace(config, arms=name, out=str(out / name))
+            own_origin = origin | {"arms": name}
+        checkpoints = Checkpoints(
+            Path(own.out), out, config.checkpoint_every, own_origin, logs.appended_files,
+            interruption,
+        )  # fmt: skip
+        all_runs.append(ArmRun(name, own, checkpoints))
+    try:
+        if not config.resume:
+            lay_out(config, all_runs)
+            return all_runs
+        if len(names) > 1 and (has_checkpoint(out) or logs.appended_files(out)):
+            raise ValueError(
+                "an earlier version of this code kept all arms in one folder: resume it from the "
+                "commit that began it"
+            )
     except (OSError, ValueError) as error:
         raise SystemExit(f"{out} cannot be used: {error}") from None
-    return checkpoints, names
+    return [
+        each
+        for each in all_runs
+        if not logs.is_finished(Path(each.config.out), each.name, config.iterations)
+    ]
+
+
+def lay_out(config: Config, runs: list[ArmRun]) -> None:
+    """Make the folders of a new run: settings, and a first checkpoint of each arm, which keeps what
+    the arm starts from, and finds out whether the folder can be written. The settings of a run of
+    several arms come last, so that one that can be resumed is complete."""
+    if logs.holds_logs(Path(config.out)):  # of a run that ended while this one loaded its model
+        raise ValueError("it holds an earlier run: choose another folder")
+    for each in runs:
+        Path(each.config.out).mkdir(exist_ok=True)
+        write_settings(each.config)
+        if config.checkpoint_every:
+            each.checkpoints.save({"iteration": 0})
+    if len(runs) > 1:
+        write_settings(config)
+
+
+def write_settings(config: Config) -> None:
+    """config.json, in the folder of a run."""
+    path = Path(config.out) / "config.json"
+    path.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    sync(path)
+
+
+def train_one(
+    policy: Policy, start: Weights, arm_run: ArmRun, arm: Arm, make_critic: Callable | None
+) -> None:
+    """Train an arm to its end in this process, from its last checkpoint if the run is resumed. Its
+    checkpoints are removed last: without them it counts as finished."""
+    name, config, checkpoints = arm_run
+    out = Path(config.out)
+    with hold(out):
+        if config.resume:
+            try:
+                checkpoints.load_latest()
+            except (OSError, ValueError) as error:
+                raise SystemExit(f"{out} cannot be used: {error}") from None
+        train(policy, start, config, name, arm, checkpoints, make_critic)
+        if config.save:
+            with writing(out / "policy"):
+                policy.save(out / "policy")
+        with writing(out):
+            shutil.rmtree(checkpoints.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def drawn_at_the_end(config: Config) -> Iterator[None]:
+    """Around training: however it ends, what has been done is drawn and stays. Raises SystemExit if
+    the folder cannot be written."""
+    out = Path(config.out)
+    try:
+        yield
+    except RunFolderError as error:  # an OSError of a world keeps its traceback
+        how = how_to_resume(out, config.checkpoint_every)
+        raise SystemExit(f"{out} cannot be written: {error}; {how}") from None
+    finally:
+        with contextlib.suppress(OSError):  # a full disk, which has been told of
+            logs.draw(out)  # 9
+            transcripts.write_episodes_page(out)
 
 
 def origin_of(config: Config, start: Weights, prompt: list[int]) -> dict:

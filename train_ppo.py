@@ -224,4 +224,4 @@ class Critic:
 
 if __name__ == "__main__":
     config = parse(PPOConfig, "PPO without and with ActFocus on a tool-calling environment.")
-    run(config, config.chosen_arms(), make_critic=Critic)
+    run(config, config.chosen_arms(), make_critic=Critic, script=__file__)

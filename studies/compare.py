@@ -24,12 +24,7 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -41,8 +36,10 @@ from tqdm import tqdm
 
 from arms import ARMS
 from studies.stats import MEASURES, draw_seeds, measures, t_interval
+from support.checkpoint import has_checkpoint
 from support.config import MAY_CHANGE_ON_RESUME, parse, read_config
-from support.logs import COLUMNS, PANELS, column
+from support.logs import COLUMNS, PANELS, column, is_finished
+from support.processes import ROOT, Interruption, last_line, run_script, side_by_side
 from support.warm_start import start_folder
 from train_ppo import PPOConfig
 
@@ -51,7 +48,6 @@ try:
 except ImportError:  # Windows: run one comparison at a time in a folder
     fcntl = None
 
-ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train_ppo.py"
 COMPARED = ("final", "area", "training")  # of MEASURES: what is compared with the baseline
 MAY_DIFFER = (
@@ -286,28 +282,28 @@ def in_order(runs: list[Run], args: argparse.Namespace) -> list[Run]:
 
 # -------------------------------------------------------------------------------- running the cells
 def run_all(cells: dict[Cell, PPOConfig], shared: list[str], out: Path, jobs: int) -> list[Cell]:
-    """Run cells, several at a time. Returns those that failed."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if jobs > 1:
-        environ["OMP_NUM_THREADS"] = "1"  # otherwise they slow each other down tenfold
+    """Run cells, several at a time. Returns those that failed. Raises SystemExit if there was an
+    interruption, which every cell ends its iteration for."""
+    threads = 1 if jobs > 1 else None  # with more, they slow each other down tenfold
     failed = []
-    stopping = threading.Event()
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {}
-        for cell, config in cells.items():
-            task = pool.submit(run_cell, cell, config, shared, out, environ, stopping)
-            running[task] = cell
-        try:
-            for task in tqdm(as_completed(running), "cells", len(cells), dynamic_ncols=True):
-                if problem := task.result():
-                    failed.append(running[task])
-                    tqdm.write(f"failed: {running[task].folder(out)}: {problem}")
-        except KeyboardInterrupt:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            tqdm.write("each cell ends after its iteration")
-            raise SystemExit("interrupted; repeat the command to continue") from None
+    with (
+        tqdm(desc="cells", total=len(cells), dynamic_ncols=True) as bar,
+        Interruption() as interruption,
+    ):
+
+        def work(cell: Cell) -> str:
+            return run_cell(cell, cells[cell], shared, out, threads, interruption)
+
+        steps = side_by_side(work, list(cells), jobs, interruption)
+        with contextlib.closing(steps):
+            for finished_cells in steps:
+                for cell, problem in finished_cells:
+                    bar.update()
+                    if problem and not interruption.asked:
+                        failed.append(cell)
+                        tqdm.write(f"failed: {cell.folder(out)}: {problem}")
+        if interruption.asked:
+            raise SystemExit("interrupted; repeat the command to continue")
     return failed
 
 
@@ -316,42 +312,39 @@ def run_cell(
     config: PPOConfig,
     shared: list[str],
     out: Path,
-    environ: dict[str, str],
-    stopping: threading.Event,
+    threads: int | None,
+    interruption: Interruption,
 ) -> str:
     """Run a cell, or continue it, and give its folder the final name at the end.
 
     The open log carries a lock, which the trainer inherits: so the cell is held for as long as
-    either lives. stopping: once it is set, the trainer is asked to end. Returns "" or what went
-    wrong.
+    either lives. threads: of the trainer, see `run_script`. Returns "" or what went wrong.
     """
     partial, done = cell.partial(out), cell.folder(out)
     log = partial.with_suffix(".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
-        if not wait_for_lock(file, partial, stopping):
+        if not wait_for_lock(file, partial, interruption):
             return f"interrupted while another process ran it ({log})"
         if done.exists():  # another process has run it meanwhile
             log.unlink(missing_ok=True)
             return ""
         if not complete(cell, config, out):
             file.truncate(0)
-            code = train(cell, shared, out, environ, file, stopping)
+            code = train(cell, shared, out, threads, file, interruption)
             if code:
-                # a trainer writes in the encoding of its system, which may be another one
-                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                return f"{lines[-1] if lines else f'exit code {code}'} ({log})"
+                return f"{last_line(log) or f'exit code {code}'} ({log})"
     partial.rename(done)
     log.rename(done / "output.txt")
     return ""
 
 
-def wait_for_lock(file: TextIO, folder: Path, stopping: threading.Event) -> bool:
-    """Lock a file as soon as no other process holds it. False if `stopping` is set before."""
+def wait_for_lock(file: TextIO, folder: Path, interruption: Interruption) -> bool:
+    """Lock a file as soon as no other process holds it. False if there is an interruption before."""
     if fcntl is None:
         return True
     announced = False
-    while not stopping.is_set():
+    while not interruption.asked:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -359,49 +352,32 @@ def wait_for_lock(file: TextIO, folder: Path, stopping: threading.Event) -> bool
             if not announced:
                 tqdm.write(f"another process is running {folder}: waiting for its end")
             announced = True
-            stopping.wait(0.2)
+            time.sleep(0.2)
     return False
 
 
 def complete(cell: Cell, config: PPOConfig, out: Path) -> bool:
     """Did a trainer finish this run, and only the comparison that started it ended too early?"""
-    partial = cell.partial(out)
-    log = partial / f"{cell.arm}.csv"
-    if any(partial.glob("checkpoints/*.pt")) or not log.exists():
-        return False
-    iterations, _ = column(log, "eval_success")
-    return config.iterations in iterations  # a run ends with an evaluation
+    return is_finished(cell.partial(out), cell.arm, config.iterations)
 
 
 def train(
     cell: Cell,
     shared: list[str],
     out: Path,
-    environ: dict[str, str],
+    threads: int | None,
     file: TextIO,
-    stopping: threading.Event,
+    interruption: Interruption,
 ) -> int:
     """Run the trainer of a cell, its output going to a file. Returns its exit code."""
     partial = cell.partial(out)
-    command = [sys.executable, "-P", str(ROOT / "studies" / "cell.py"), str(TRAINER)]
-    command += [*cell.flags(shared), "--out", str(partial)]
-    if any(partial.glob("checkpoints/*.pt")):  # it was interrupted
+    command = [str(TRAINER), *cell.flags(shared), "--out", str(partial)]
+    if has_checkpoint(partial):  # it was interrupted
         command += ["--resume", str(partial)]
     else:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-    process = subprocess.Popen(
-        command,
-        env=environ,
-        stdin=subprocess.PIPE,  # the cell ends when this does
-        stdout=file,
-        stderr=file,
-        process_group=0,  # Ctrl-C reaches only this process, which ends the cells itself
-    )
-    with process.stdin:
-        while process.poll() is None and not stopping.wait(0.2):
-            pass
-    return process.wait()
+    return run_script(command, file, interruption, threads)
 
 
 # -------------------------------------------------------------------------------------- the answer
@@ -540,13 +516,5 @@ def finish_axes(axes: Axes) -> None:
     axes.grid(alpha=0.3)
 
 
-def interrupt_on(names: Iterable[str]) -> None:
-    """Let these signals end the comparison as Ctrl-C does, where the system has them."""
-    for name in names:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
-
-
 if __name__ == "__main__":
-    interrupt_on(("SIGTERM", "SIGHUP"))  # a kill, and a terminal that was closed
     main()

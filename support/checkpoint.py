@@ -9,6 +9,8 @@ are kept while the run lasts, and none after its end.
 
 Resuming cuts the logs back to where the checkpoint was made and continues from there. On a CPU, and
 with as many threads as before, the run then writes the same bytes as one that nothing stopped.
+
+A run of several arms is a folder of runs of one arm each, and each of them has its own checkpoints.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from signal import SIGINT, SIGTERM, signal
 from typing import Any, Protocol
 
 import torch
 
 from support.folder import is_lost, writing
+from support.processes import Interruption
 
 
 class Stateful(Protocol):
@@ -38,30 +40,36 @@ class Stateful(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in out/checkpoints.
+    """The checkpoints of a run of one arm, in out/checkpoints.
 
-    out: the run's folder. every: the number of iterations between checkpoints; 0 for none. origin:
-    what the run starts from (its settings, a hash of its weights); a resumed run must have the
-    same. list_logs(out): the files that the run appends to, as far as they exist.
-
-    While it is entered as a context manager, Ctrl-C or SIGTERM ends the run after the present
-    iteration, with a checkpoint; a second one ends it at once.
+    out: the run's folder. whole: the folder that --resume is given to go on with it: `out`, or the
+    folder above it, of a run of several arms. every: the number of iterations between checkpoints;
+    0 for none. origin: what the run starts from (its settings, a hash of its weights); a resumed
+    run must have the same. list_logs(out): the files that the run appends to, as far as they exist.
+    interruption: once it is asked for, the run ends after the present iteration, with a checkpoint.
     """
 
     def __init__(
-        self, out: Path, every: int, origin: dict, list_logs: Callable[[Path], list[Path]]
+        self,
+        out: Path,
+        whole: Path,
+        every: int,
+        origin: dict,
+        list_logs: Callable[[Path], list[Path]],
+        interruption: Interruption,
     ) -> None:
         self.out = out
+        self.whole = whole
         self.every = every
         self.origin = origin
         self.list_logs = list_logs
+        self.interruption = interruption
         self.folder = out / "checkpoints"
-        self.interrupted = False
-        self.loaded: dict = {"arm": None}  # from `load_latest` until `restore` has used it
+        self.loaded: dict = {"iteration": 0}  # from `load_latest` until `restore` has used it
 
     # ------------------------------------------------------------------------------------ resuming
-    def load_latest(self) -> str:
-        """Load the newest undamaged checkpoint, cut the logs back to it, and return its arm.
+    def load_latest(self) -> None:
+        """Load the newest undamaged checkpoint, and cut the logs back to it.
 
         Raises ValueError if there is none, or if the run had another origin; nothing is changed
         then.
@@ -79,7 +87,6 @@ class Checkpoints:
                     "with, from the commit that began it"
                 )
         cut_back(self.list_logs(self.out), self.loaded["logs"])
-        return self.loaded["arm"]
 
     def newest_undamaged(self) -> Path:
         """The newest checkpoint whose checksum, which its name ends with, is right."""
@@ -89,15 +96,15 @@ class Checkpoints:
             print(f"note: {path} is damaged; resuming from the one before it", file=sys.stderr)
         raise ValueError(f"{self.folder} holds no checkpoint: the run is done, or never began")
 
-    def restore(self, arm: str, stateful: dict[str, Stateful], rng: random.Random) -> int:
-        """Give an arm the state that `load_latest` found, if it found this arm's.
+    def restore(self, stateful: dict[str, Stateful], rng: random.Random) -> int:
+        """Give the arm the state that `load_latest` has found.
 
         stateful: what training changes, by name; changed in place, as rng is. Returns the iteration
-        that comes next: 0 for an arm that had not begun.
+        that comes next: 0 if the arm had not begun.
         """
         loaded = self.loaded
-        self.loaded = {"arm": None}  # frees what may be large
-        if loaded["arm"] != arm or loaded["iteration"] == 0:
+        self.loaded = {"iteration": 0}  # frees what may be large
+        if loaded["iteration"] == 0:
             return 0
         for name, each in stateful.items():
             each.load_state_dict(loaded["stateful"][name])
@@ -117,22 +124,17 @@ class Checkpoints:
         """
         if self.every and healthy:
             due = next_iteration % self.every == 0
-            if due or last or self.interrupted:
+            if due or last or self.interruption.asked:
                 states = {name: each.state_dict() for name, each in stateful.items()}
-                state = {"arm": arm, "iteration": next_iteration}
-                self.save(state | {"stateful": states, "rng": rng.getstate()})
-        if self.interrupted:
+                state = {"iteration": next_iteration, "stateful": states, "rng": rng.getstate()}
+                self.save(state)
+        if self.interruption.asked:
             row = next_iteration - 1
             raise SystemExit(f"interrupted after row {row} of {arm}.csv; {self.how_to_resume()}")
 
     def how_to_resume(self) -> str:
         """What to do about a run that has ended early, as the end of a sentence."""
-        if not self.every:
-            return "it cannot be resumed, since --checkpoint-every is 0"
-        if is_lost(self.out):
-            return "it cannot be resumed, since its checkpoints were there"
-        command = shlex.join(["python", sys.argv[0], "--resume", str(self.out)])
-        return f"resume it with: {command}"
+        return how_to_resume(self.whole, self.every)
 
     def save(self, state: dict) -> None:
         """Write a checkpoint and delete all but the newest two. Raises RunFolderError, which is an
@@ -153,22 +155,20 @@ class Checkpoints:
             for old in earlier[:-1]:
                 old.unlink()
 
-    # ------------------------------------------------------------------------------- interruptions
-    def __enter__(self) -> Checkpoints:
-        self.handlers_before = {each: signal(each, self.interrupt) for each in (SIGINT, SIGTERM)}
-        return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.handlers_before.items():
-            signal(number, handler)
+def how_to_resume(out: Path, every: int) -> str:
+    """What to do about a run that has ended early, as the end of a sentence. out: its folder.
+    every: the number of iterations between its checkpoints."""
+    if not every:
+        return "it cannot be resumed, since --checkpoint-every is 0"
+    if is_lost(out):
+        return "it cannot be resumed, since its checkpoints were there"
+    return f"resume it with: {shlex.join(['python', sys.argv[0], '--resume', str(out)])}"
 
-    def interrupt(self, number: int, frame) -> None:
-        """Handle a signal: the first one is noted, a second one ends the run at once."""
-        if self.interrupted or not self.every:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        # not `print`, which this signal may have interrupted
-        os.write(2, b"\nending after this iteration; once more ends at once\n")
+
+def has_checkpoint(out: Path) -> bool:
+    """Is there something to resume in the folder of a run of one arm?"""
+    return any((out / "checkpoints").glob("*.pt"))
 
 
 def cut_back(logs: list[Path], lengths: dict[str, int]) -> None:

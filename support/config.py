@@ -25,7 +25,7 @@ from typing import get_args, get_type_hints
 import torch
 
 from arms import ARMS, SIGNALS, Arm
-from support.logs import COLUMNS, appended_files
+from support.logs import COLUMNS, holds_logs
 from worlds import ENVIRONMENTS, make_env
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,6 +155,22 @@ def parse_resumed(
                 "leave it out, or begin another run"
             )
     return args
+
+
+def flags_of(config) -> list[str]:
+    """The command line that `parse` makes this config of.
+
+    Every setting stands in it, since those of a preset depend on the arms, which another command
+    line may have fewer of.
+    """
+    words = []
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if value is True:
+            words.append(flag_name(each.name))
+        elif value is not None and value is not False:
+            words.append(f"{flag_name(each.name)}={value}")
+    return words
 
 
 def read_config(config_class: type, path: Path):
@@ -301,7 +317,9 @@ class Config:
         None, "The folder for the results. Without this flag it is a new folder in runs/."
     )
     save: bool = flag(
-        False, "Also save each trained policy, as a folder that transformers can load."
+        False,
+        "Also save each trained policy, as a folder that transformers can load: policy, in the "
+        "folder of its arm.",
     )
     checkpoint_every: int = flag(
         5, "How many iterations lie between checkpoints. With 0 there are none to resume from."
@@ -350,7 +368,7 @@ class Config:
                 f"--thoughts is {self.thoughts}: it shapes the built-in model, so leave it out "
                 "with --model"
             )
-        if self.out and not self.resume and appended_files(Path(self.out)):
+        if self.out and not self.resume and holds_logs(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
 
     def evaluation_episodes(self) -> int:

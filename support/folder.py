@@ -36,9 +36,12 @@ def hold(out: Path) -> Iterator[None]:
     """Make a folder if it is not there, and keep other runs out of it for a while.
 
     Raises SystemExit if another process holds it, or if it cannot be written. On a system or a disk
-    without locks, nobody is kept out.
+    without locks, nobody is kept out. A folder that this process holds already stays held.
     """
     out = Path(os.path.abspath(out))
+    if out in _held:
+        yield
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = take_lock(out / LOCK) if fcntl else None
@@ -89,7 +92,8 @@ def is_open_as(path: Path, descriptor: int) -> bool:
 
 
 def is_lost(path: Path) -> bool:
-    """Is this path in a folder that this process held, and that was removed or taken since?"""
+    """Is this path in a folder that this process held, and that was removed or taken since? Of
+    several such folders the innermost counts, which is that of one arm in a run of several."""
     path = Path(os.path.abspath(path))
     for folder in (path, *path.parents):
         if folder in _held:

@@ -7,6 +7,10 @@
 There is one CSV an arm with one row an iteration. Everything that is drawn or summarised is read
 from the CSVs, so a run that is interrupted keeps whatever it has done. Statistics over several runs
 stand in studies/stats.py.
+
+A run of one arm is a folder with its files. A run of several arms is a folder of such folders,
+named after the arms (out/grpo, out/actfocus); what is drawn from all of them stands beside these.
+Earlier versions wrote the files of all arms into one folder, which can still be drawn.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from arms import ARMS
 from fused_loss import PolicyLoss
 from policy import Policy
 from rollout import Rollouts
+from support.checkpoint import has_checkpoint
 from support.folder import writing
 
 # The columns of a log. Row k describes the policy after k iterations, and what it plays then.
@@ -156,12 +161,24 @@ def write_samples(path: Path, title: str, policy: Policy, rollouts: Rollouts) ->
 
 
 def log_files(out: Path) -> list[Path]:
-    """The logs in the folder of a run, one an arm, in the order of its --arms, so that the first
-    is what the others are compared with; without such settings, in the order of ARMS."""
+    """The logs of a run, one an arm, in the order of `arm_names`."""
+    paths = (arm_file(out, name, f"{name}.csv") for name in arm_names(out))
+    return [path for path in paths if path.exists()]
+
+
+def arm_names(out: Path) -> list[str]:
+    """All arms: first those of the run's --arms, in their order, so that the first is what the
+    others are compared with."""
     named = str(settings_of(out).get("arms") or "").split(",")
     names = [name for name in named if name in ARMS]
-    names += [name for name in ARMS if name not in names]
-    return [path for path in (out / f"{name}.csv" for name in names) if path.exists()]
+    return names + [name for name in ARMS if name not in names]
+
+
+def arm_file(out: Path, arm: str, name: str) -> Path:
+    """Where a file of an arm stands, or would stand: in the run's folder if it has one arm (or if
+    an earlier version wrote it), else in the arm's own folder below it."""
+    path = out / name
+    return path if path.exists() else out / arm / name
 
 
 def settings_of(out: Path) -> dict:
@@ -174,10 +191,26 @@ def settings_of(out: Path) -> dict:
 
 
 def appended_files(out: Path) -> list[Path]:
-    """The files in the folder of a run that grow by appending. A resumed run cuts them back to the
-    length that they had when it was saved; any other file is written whole each time."""
+    """The files in the folder of a run of one arm that grow by appending. A resumed run cuts them
+    back to the length that they had when it was saved; any other file is written whole each time.
+    """
+    own_logs = [path for path in log_files(out) if path.parent == out]
     others = (out / name for name in ("prompts.csv", "evaluations.csv", "samples.txt"))
-    return log_files(out) + [path for path in others if path.exists()]
+    return own_logs + [path for path in others if path.exists()]
+
+
+def holds_logs(out: Path) -> bool:
+    """Has a run, of one arm or of several, begun to write in this folder?"""
+    return bool(log_files(out) or appended_files(out))
+
+
+def is_finished(out: Path, arm: str, iterations: int) -> bool:
+    """Has a run of one arm come to its end? Then its log has the evaluation after the last
+    iteration, and its checkpoints, which are removed last, are gone."""
+    path = out / f"{arm}.csv"
+    if not path.exists() or has_checkpoint(out):
+        return False
+    return iterations in column(path, "eval_success")[0]
 
 
 @contextmanager
@@ -373,7 +406,7 @@ def summary(out: Path) -> str:
     )
     trained = [path for path in paths if column(path, "train_success")[1]]
     for path in trained[1:]:
-        lines += compared(out, path, trained[0])
+        lines += compared(path, trained[0])
     pages = {"curves.png": "the curves", "episodes.html": "episodes before and after training"}
     for name, content in pages.items():
         if (out / name).exists():
@@ -394,36 +427,46 @@ def summary_line(path: Path) -> str:
     return line
 
 
-def compared(out: Path, path: Path, baseline: Path) -> list[str]:
-    """Lines that compare an arm with another, over the prompts that both have played."""
+def compared(path: Path, baseline: Path) -> list[str]:
+    """Lines that compare an arm with another, over the prompts that both have played. path,
+    baseline: their logs."""
     last = min(column(log, "eval_success")[0][-1] for log in (path, baseline))
-    training = paired_difference(out / "prompts.csv", path.stem, baseline.stem)
-    evaluation = paired_difference(out / "evaluations.csv", path.stem, baseline.stem, last)
+    played = (success_by_prompt(log, "prompts.csv") for log in (path, baseline))
+    evaluated = (success_by_prompt(log, "evaluations.csv", last) for log in (path, baseline))
     return [
         f"{path.stem} minus {baseline.stem}, in percentage points, over the prompts that both "
         "played (of one seed; another may differ):",
-        f"  in training: {difference_in_words(*training)}",
-        f"  evaluation after {last} iterations: {difference_in_words(*evaluation)}",
+        f"  in training: {difference_in_words(*paired_difference(*played))}",
+        f"  evaluation after {last} iterations: "
+        f"{difference_in_words(*paired_difference(*evaluated))}",
     ]
 
 
+def success_by_prompt(
+    log: Path, name: str, iteration: int | None = None
+) -> dict[tuple[str, str], float]:
+    """The success rate of each group that an arm has played, by iteration and prompt.
+
+    log: of the arm. name: of a CSV of `log_prompts` beside it. iteration: only this one; None: all.
+    """
+    with log.with_name(name).open(newline="", encoding="utf-8") as file:
+        return {
+            (row["iteration"], row["prompt"]): float(row["success"])
+            for row in csv.DictReader(file)
+            if row["arm"] == log.stem and iteration in (None, int(row["iteration"]))
+        }
+
+
 def paired_difference(
-    path: Path, arm: str, baseline: str, iteration: int | None = None
+    arm: dict[tuple[str, str], float], baseline: dict[tuple[str, str], float]
 ) -> tuple[float, float, int]:
     """The success rate of an arm minus that of another, over the groups of the same prompt in the
     same iteration that both have played.
 
-    path: a CSV of `log_prompts`. iteration: only this one; None: all. Returns the mean difference,
-    its standard error (nan for fewer than two pairs) and the number of pairs.
+    arm, baseline: from `success_by_prompt`. Returns the mean difference, its standard error (nan
+    for fewer than two pairs) and the number of pairs.
     """
-    played = {arm: {}, baseline: {}}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["arm"] in played and iteration in (None, int(row["iteration"])):
-                pair = row["iteration"], row["prompt"]
-                played[row["arm"]][pair] = float(row["success"])
-    both = played[arm].keys() & played[baseline].keys()
-    gains = torch.tensor([played[arm][pair] - played[baseline][pair] for pair in both])
+    gains = torch.tensor([arm[pair] - baseline[pair] for pair in arm.keys() & baseline.keys()])
     error = (gains.std() / len(gains) ** 0.5).item() if len(gains) > 1 else math.nan
     return gains.mean().item(), error, len(gains)
 

@@ -68,6 +68,19 @@ def print_estimate(model: str | Path, config: Config, arms: Iterable[Arm]) -> No
         print(f"note: the memory that this run needs cannot be estimated: {error}")
 
 
+def how_many_fit(model: str | Path, config: Config, arms: Iterable[Arm]) -> int:
+    """How many runs as this one fit into the memory at the same time, at least 1; arguments as in
+    `print_estimate`. It is 1 if nothing is known of it."""
+    try:
+        needed = estimate_run(model, config, list(arms))
+    except Exception:  # `print_estimate` has said so
+        return 1
+    there = available(config.device)
+    if there is None:
+        return 1
+    return max(1, int(there / max(sum(sizes.values()) for sizes in needed.values())))
+
+
 def estimate_run(model: str | Path, config: Config, arms: list[Arm]) -> Estimate:
     """The estimate for the settings of a training run; arguments as in `print_estimate`."""
     at_once = max(config.prompts * config.group_size, config.eval_episodes)

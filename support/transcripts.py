@@ -38,7 +38,7 @@ from policy import Policy
 from rollout import Rollouts
 from segment import Segment
 from support.folder import writing
-from support.logs import column, title_of, whole_file
+from support.logs import arm_file, arm_names, column, title_of, whole_file
 
 COLORS = matplotlib.colormaps["YlOrRd"]
 SCALE = Normalize(0, 2)  # of weights
@@ -190,9 +190,9 @@ def write_episodes_page(out: Path) -> Path | None:
     """Write episodes.html from whatever `save_episodes` has kept so far; returns its path, or None
     if nothing has been kept. It reads files alone, no model. Raises OSError."""
     saved = {}  # arm, "before" or "after" -> iteration, episodes
-    for arm_name in ARMS:
+    for arm_name in arm_names(out):
         for when in ("before", "after"):
-            path = out / "episodes" / f"{arm_name}-{when}.json"
+            path = arm_file(out, arm_name, f"episodes/{arm_name}-{when}.json")
             if path.exists():
                 saved[arm_name, when] = load_episodes(path)
     if not saved:
@@ -213,7 +213,7 @@ Saved = dict[tuple[str, str], tuple[int, list[Episode]]]
 
 
 def arms_of(saved: Saved) -> list[str]:
-    """The arms that have saved something, in the order of ARMS."""
+    """The arms that have saved something, in the order of the run."""
     return list(dict.fromkeys(arm_name for arm_name, _ in saved))
 
 
@@ -225,7 +225,7 @@ def overview(out: Path, saved: Saved, number: int) -> str:
     for (arm_name, _), (iteration, episodes) in saved.items():
         cells = [f"<td>{badge(episode)}</td>" for episode in episodes]
         cells += ["<td></td>"] * (number - len(episodes))
-        rate = success_rate(out / f"{arm_name}.csv", iteration)
+        rate = success_rate(arm_file(out, arm_name, f"{arm_name}.csv"), iteration)
         arm = html.escape(ARMS[arm_name].label)
         line = f"<th>{arm}</th><td>{moment(iteration)}</td>{''.join(cells)}<td>{rate}</td>"
         lines.append(f"<tr>{line}</tr>")
