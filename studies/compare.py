@@ -22,7 +22,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -286,22 +285,18 @@ def run_all(cells: dict[Cell, PPOConfig], shared: list[str], out: Path, jobs: in
     interruption, which every cell ends its iteration for."""
     threads = 1 if jobs > 1 else None  # with more, they slow each other down tenfold
     failed = []
-    with (
-        tqdm(desc="cells", total=len(cells), dynamic_ncols=True) as bar,
-        Interruption() as interruption,
-    ):
+    bar = tqdm(desc="cells", total=len(cells), dynamic_ncols=True)
+    with bar, Interruption() as interruption:
 
         def work(cell: Cell) -> str:
             return run_cell(cell, cells[cell], shared, out, threads, interruption)
 
-        steps = side_by_side(work, list(cells), jobs, interruption)
-        with contextlib.closing(steps):
-            for finished_cells in steps:
-                for cell, problem in finished_cells:
-                    bar.update()
-                    if problem and not interruption.asked:
-                        failed.append(cell)
-                        tqdm.write(f"failed: {cell.folder(out)}: {problem}")
+        for finished_now in side_by_side(work, list(cells), jobs, interruption):
+            for cell, problem in finished_now:
+                bar.update()
+                if problem and not interruption.asked:
+                    failed.append(cell)
+                    tqdm.write(f"failed: {cell.folder(out)}: {problem}")
         if interruption.asked:
             raise SystemExit("interrupted; repeat the command to continue")
     return failed
@@ -340,7 +335,7 @@ def run_cell(
 
 
 def wait_for_lock(file: TextIO, folder: Path, interruption: Interruption) -> bool:
-    """Lock a file as soon as no other process holds it. False if there is an interruption before."""
+    """Lock a file as soon as no other process holds it. False if an interruption comes before."""
     if fcntl is None:
         return True
     announced = False

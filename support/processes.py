@@ -39,14 +39,15 @@ class Interruption:
     """Notes Ctrl-C and SIGTERM while it is entered as a context manager, in the main thread.
 
     asked: has there been one? Then what is being done is to be brought to a good end. at_once: has
-    there been a second one, which also raises KeyboardInterrupt? patient: False if there is no good
-    end, so that the first one raises already.
+    there been a second one? Work in processes is then ended, and other work by a KeyboardInterrupt.
+    patient: False if there is no good end, so that the first one counts as a second.
     """
 
     def __init__(self, patient: bool = True) -> None:
         self.patient = patient
         self.asked = False
         self.at_once = False
+        self.in_processes = False
 
     def __enter__(self) -> Interruption:
         both = (signal.SIGINT, signal.SIGTERM)
@@ -60,8 +61,11 @@ class Interruption:
     def handle(self, number: int, frame) -> None:
         """What a signal calls."""
         if self.asked or not self.patient:
-            self.asked = self.at_once = True
-            raise KeyboardInterrupt
+            self.asked = True
+            self.at_once = True
+            if not self.in_processes:
+                raise KeyboardInterrupt
+            return
         self.asked = True
         # not `print`, which this signal may have interrupted
         os.write(2, b"\nending after this iteration; once more ends at once\n")
@@ -70,26 +74,35 @@ class Interruption:
 # ------------------------------------------------------------------------------- several at a time
 def side_by_side(
     work: Callable[[Job], Result], jobs: Sequence[Job], at_once: int, interruption: Interruption
-) -> Iterator[list[tuple[Job, Result]]]:
+) -> Iterator[list[tuple[Job, Result | None]]]:
     """Call `work` on each job, in `at_once` threads, so that as many processes run.
 
     Yields a list at least twice a second: the jobs that have finished since the one before, each
-    with what `work` returned. Jobs that have not begun when there is an interruption are left out.
-    Whatever ends this early, such as an error in `work`, ends the jobs as an interruption does.
+    with what `work` returned. Once there is an interruption, no more jobs begin: for each of them
+    the result is None. Whatever ends this early, such as an error in `work`, ends the jobs as an
+    interruption does.
     """
-    with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(work, job): job for job in jobs}
+
+    def begin(job: Job) -> Result | None:
+        if interruption.asked:
+            return None
         try:
-            while running:
-                if interruption.asked:
-                    running = {task: job for task, job in running.items() if not task.cancel()}
-                done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                yield [(running.pop(task), task.result()) for task in done]
+            return work(job)
         except BaseException:
             interruption.asked = True
-            for task in running:
-                task.cancel()
             raise
+
+    interruption.in_processes = True
+    with ThreadPoolExecutor(at_once) as pool:
+        running = {pool.submit(begin, job): job for job in jobs}
+        try:
+            while running:
+                done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                yield [(running.pop(task), task.result()) for task in done]
+        except BaseException:  # also what is raised where this is iterated over
+            interruption.asked = True
+            raise
+    interruption.in_processes = False
 
 
 def run_script(

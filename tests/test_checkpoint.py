@@ -26,8 +26,9 @@ import pytest
 import torch
 
 import train_grpo
-from support import checkpoint, folder, logs
+from support import checkpoint, folder, logs, transcripts
 from support.config import parse
+from support.processes import Interruption
 from train_grpo import Guard
 from train_ppo import Critic, PPOConfig
 from worlds import ENVIRONMENTS
@@ -49,17 +50,30 @@ def play(*flags):
 
 def left_behind(out):
     """All that a finished run must have in common with one that was never stopped, as bytes."""
-    assert not (out / "checkpoints").exists()
+    assert (out / "curves.png").exists() and not (out / "checkpoints").exists()
+    found = {name: of_arm(out / name) for name in ARMS.split(",")}
+    return found | {"episodes.html": (out / "episodes.html").read_bytes()}
+
+
+def of_arm(out):
+    """The same of the run of one arm."""
+    assert not (out / "checkpoints").exists() and not (out / "lock").exists()
     found = {}
-    for name in [*ARMS.split(","), "prompts"]:
-        with (out / f"{name}.csv").open(newline="") as file:
+    for path in out.glob("*.csv"):
+        with path.open(newline="") as file:
             rows = [dict(row, seconds="", seconds_play="") for row in csv.DictReader(file)]
-        found[name] = rows
-    saved = [*out.glob("*/model.safetensors"), *out.glob("episodes/*.json")]
-    for path in [out / "samples.txt", out / "episodes.html", *saved]:
+        found[path.name] = rows
+    saved = [out / "policy" / "model.safetensors", *out.glob("episodes/*.json")]
+    for path in [out / "samples.txt", *saved]:
         found[str(path.relative_to(out))] = path.read_bytes()
-    assert len(found) == 11
+    assert len(found) == 7
     return found
+
+
+def make_checkpoints(out, every=1, interruption=None):
+    return checkpoint.Checkpoints(
+        out, out, every, {}, logs.appended_files, interruption or Interruption()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +117,16 @@ MOMENTS = {
     "a later update": (train_grpo, "update", 4, None),
     "writing a row": (logs, "log", 2, half_a_row),
     "writing the prompts": (logs, "log_prompts", 4, None),
-    "writing a checkpoint": (torch, "save", 2, half_a_checkpoint),
-    "writing a checkpoint of the critic": (torch, "save", 4, half_a_checkpoint),
-    "naming a checkpoint": (checkpoint, "checksum", 1, None),
+    "writing a checkpoint": (torch, "save", 3, half_a_checkpoint),
+    "writing a checkpoint of the critic": (torch, "save", 5, half_a_checkpoint),
+    "naming a checkpoint": (checkpoint, "checksum", 2, None),
     "forgetting an old one": (Path, "unlink", 0, None),
     "fitting the critic": (Critic, "fit", 2, None),
     "saving the first arm": (train_grpo.Policy, "save", 0, None),
     "saving the last arm": (train_grpo.Policy, "save", 1, None),
-    "drawing": (logs, "summary", 0, None),
+    "removing checkpoints": (shutil, "rmtree", 1, None),
+    "drawing": (transcripts, "write_episodes_page", 0, None),
+    "summarising": (logs, "summary", 0, None),
 }
 
 
@@ -137,7 +153,8 @@ def test_it_may_die_again_and_again(whole, tiny_folder, tmp_path):
                 play(*flags)
             except Killed:
                 flags = ["--resume", out]
-                assert len(list((out / "checkpoints").glob("*.pt"))) <= 2
+                for name in ARMS.split(","):
+                    assert len(list((out / name / "checkpoints").glob("*.pt"))) <= 2
             else:
                 break
     assert lives == 6 and left_behind(out) == whole
@@ -162,7 +179,8 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
         play(*SMALL, "--model", tiny_folder, "--out", out)
     assert signal.getsignal(number) == before
     assert "ending after this iteration; once more ends at once" in capfd.readouterr().err
-    assert len((out / "grpo.csv").read_text().splitlines()) == 2 and (out / "curves.png").exists()
+    assert len((out / "grpo" / "grpo.csv").read_text().splitlines()) == 2
+    assert (out / "curves.png").exists()
     play("--resume", out)
     assert left_behind(out) == whole
 
@@ -170,28 +188,35 @@ def test_an_interruption_ends_the_iteration_and_says_how_to_go_on(
 def test_the_command_that_resumes_a_run_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["my scripts/train_ppo.py"])
     out = tmp_path / "a run; with $signs"
-    said = checkpoint.Checkpoints(out, 1, {}, logs.appended_files).how_to_resume()
+    said = make_checkpoints(out).how_to_resume()
     command = said.removeprefix("resume it with: ")
     assert shlex.split(command) == ["python", "my scripts/train_ppo.py", "--resume", str(out)]
 
 
 def test_a_second_interruption_does_not_wait(tmp_path):
-    with checkpoint.Checkpoints(tmp_path, 1, {}, logs.appended_files):
+    with Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)
+        assert interruption.asked and not interruption.at_once
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_without_checkpoints_even_the_first_interruption_does_not_wait(tmp_path):
+    with Interruption(patient=False), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------- what is not whole
 @pytest.fixture
 def stopped(tiny_folder, tmp_path, monkeypatch):
-    """A run with two checkpoints that died before its third iteration."""
+    """A run of two arms, of which the first has two checkpoints and died before its third
+    iteration."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         die(patch, train_grpo, "update", 2)
         with pytest.raises(Killed):
             play(*SMALL, "--model", tiny_folder, "--out", out)
-    assert len(list((out / "checkpoints").glob("*.pt"))) == 2
+    assert len(list((out / "grpo" / "checkpoints").glob("*.pt"))) == 2
     return out
 
 
@@ -206,7 +231,7 @@ def damage(path, how, rng):
 
 @pytest.mark.parametrize("how", ["cut", "a flipped bit"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(how, stopped, whole, capsys):
-    newest = max((stopped / "checkpoints").glob("*.pt"))
+    newest = max((stopped / "grpo" / "checkpoints").glob("*.pt"))
     damage(newest, how, random.Random(0))
     play("--resume", stopped)
     assert f"note: {newest} is damaged; resuming from the one before it" in capsys.readouterr().err
@@ -214,7 +239,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(how, stopped,
 
 
 def test_any_flipped_bit_is_found(stopped):
-    rng, path = random.Random(1), max((stopped / "checkpoints").glob("*.pt"))
+    rng, path = random.Random(1), max((stopped / "grpo" / "checkpoints").glob("*.pt"))
     good = path.read_bytes()
     for how in ["cut", "a flipped bit"] * 50:
         damage(path, how, rng)
@@ -225,16 +250,17 @@ def test_any_flipped_bit_is_found(stopped):
 
 def refused(out, *flags):
     """Going on with a run is refused; returns the sentence, after a check that nothing changed."""
-    before = {path: path.read_bytes() for path in logs.appended_files(out)}
+    before = {path: path.read_bytes() for path in out.rglob("*.csv")}
     with pytest.raises(SystemExit) as error:
         play("--resume", out, *flags)
-    assert {path: path.read_bytes() for path in logs.appended_files(out)} == before
+    assert {path: path.read_bytes() for path in out.rglob("*.csv")} == before
     return str(error.value)
 
 
 def test_what_is_for_memory_alone_may_change(stopped):
     play("--resume", stopped, "--micro-tokens", "300", "--gradient-checkpointing")
-    assert len((stopped / "ppo-actfocus.csv").read_text().splitlines()) == 1 + 4
+    for name in ARMS.split(","):
+        assert len((stopped / name / f"{name}.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, capsys):
@@ -255,10 +281,11 @@ def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, cap
     assert "other settings than this script (no_baseline)" in said
     assert "from the commit that began it" in said
     (stopped / "config.json").write_text(settings)
-    prompts = (stopped / "prompts.csv").read_bytes()
-    (stopped / "prompts.csv").write_bytes(prompts[:20])
+    path = stopped / "grpo" / "prompts.csv"
+    prompts = path.read_bytes()
+    path.write_bytes(prompts[:20])
     assert "prompts.csv is shorter than when it was saved" in refused(stopped)
-    (stopped / "prompts.csv").write_bytes(prompts)
+    path.write_bytes(prompts)
     other = tmp_path / "other"  # the same model, but for one weight
     shutil.copytree(json.loads(settings)["model"], other)
     weights = bytearray((other / "model.safetensors").read_bytes())
@@ -272,7 +299,7 @@ def test_what_cannot_go_on_is_refused_in_a_sentence(stopped, tiny, tmp_path, cap
     with pytest.MonkeyPatch.context() as patch:  # set_num_threads would change MKL's sums for good
         patch.setattr(torch, "get_num_threads", lambda: threads + 1)
         assert f"OMP_NUM_THREADS was {threads} and is now {threads + 1}" in refused(stopped)
-    for path in (stopped / "checkpoints").glob("*.pt"):
+    for path in (stopped / "grpo" / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
     assert "holds no checkpoint: the run is done, or never began" in refused(stopped)
 
@@ -284,7 +311,7 @@ class Evil:
 
 def test_a_checkpoint_never_runs_code(stopped, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    folder = stopped / "checkpoints"
+    folder = stopped / "grpo" / "checkpoints"
     for path in folder.glob("*.pt"):
         path.unlink()
     torch.save({"arm": Evil()}, folder / "evil")
@@ -297,10 +324,25 @@ def test_a_checkpoint_never_runs_code(stopped, monkeypatch, tmp_path):
     assert not Path("evil").exists()
 
 
-def test_a_finished_run_is_left_alone(whole, tiny_folder, tmp_path):
+def test_a_run_of_before_with_all_arms_in_one_folder_is_drawn_and_not_resumed(stopped):
+    """Its arms share their checkpoints, and to resume one would cut back the other's rows."""
+    for path in [*(stopped / "grpo").iterdir()]:
+        if path.name != "config.json":
+            path.rename(stopped / path.name)
+    said = refused(stopped)
+    assert "kept all arms in one folder: resume it from the commit that began it" in said
+    assert logs.log_files(stopped) == [stopped / "grpo.csv"]
+
+
+def test_a_finished_run_is_left_alone(whole, tiny_folder, tmp_path, capsys):
+    """To resume it draws it once more."""
     out = tmp_path / "run"
     play(*SMALL, "--model", tiny_folder, "--out", out, "--arms", "grpo", "--iterations", "1")
-    assert "holds no checkpoint: the run is done" in refused(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.suffix != ".png"}
+    capsys.readouterr()
+    play("--resume", out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.suffix != ".png"} == before
+    assert capsys.readouterr().out.endswith(f"{out / 'episodes.html'}\n")
 
 
 def test_without_checkpoints_there_are_none(tiny_folder, tmp_path, monkeypatch):
@@ -308,7 +350,8 @@ def test_without_checkpoints_there_are_none(tiny_folder, tmp_path, monkeypatch):
     die(monkeypatch, train_grpo, "update", 2)
     with pytest.raises(Killed):
         play(*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "0")
-    assert not (out / "checkpoints").exists() and len(logs.appended_files(out)) == 4
+    assert not list(out.rglob("checkpoints")) and len(logs.appended_files(out / "grpo")) == 4
+    assert "the run is done, or never began" in refused(out)
 
 
 # ------------------------------------------------------------------------- one run in one folder
@@ -375,8 +418,9 @@ def test_a_run_never_writes_into_a_folder_that_is_not_its_own(
         else:
             shutil.rmtree(out)
         if then != "nothing":
-            others.enter_context(held_by_another(out))
-            (out / "grpo.csv").write_text("iteration\n0\n")
+            for folder in (out, out / "grpo"):
+                others.enter_context(held_by_another(folder))
+            (out / "grpo" / "grpo.csv").write_text("iteration\n0\n")
         return original(*args)
 
     monkeypatch.setattr(train_grpo, moment, robbed)
@@ -388,8 +432,8 @@ def test_a_run_never_writes_into_a_folder_that_is_not_its_own(
             assert not out.exists()
         else:
             files = sorted(path.name for path in out.rglob("*") if path.is_file())
-            assert files == ["grpo.csv", "lock"]
-            assert (out / "grpo.csv").read_text() == "iteration\n0\n"
+            assert files == ["grpo.csv", "lock", "lock"]
+            assert (out / "grpo" / "grpo.csv").read_text() == "iteration\n0\n"
 
 
 def test_without_locks_a_run_is_as_before(tiny_folder, tmp_path, monkeypatch):
@@ -446,7 +490,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tiny_folder, tmp_pat
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit, match="cannot be used: .*No space left on device"):
         play(*SMALL, "--model", tiny_folder, "--out", tmp_path / "run")
-    assert not logs.appended_files(tmp_path / "run")
+    assert not logs.holds_logs(tmp_path / "run")
 
 
 FULL_DISK = """
@@ -513,9 +557,9 @@ def test_three_bad_updates_in_a_row_end_the_run(tiny_folder, tmp_path, monkeypat
     with pytest.raises(SystemExit, match=said):
         play(*SMALL, "--model", tiny_folder, "--out", out, "--checkpoint-every", "1")
     assert (out / "curves.png").exists()
-    rows = list(csv.DictReader((out / "grpo.csv").open()))
+    rows = list(csv.DictReader((out / "grpo" / "grpo.csv").open()))
     assert [row["skipped_updates"] for row in rows] == ["0", "1"]
-    state = torch.load(max((out / "checkpoints").glob("*.pt")), weights_only=True)
+    state = torch.load(max((out / "grpo" / "checkpoints").glob("*.pt")), weights_only=True)
     assert state["iteration"] == 1
     weights = state["stateful"]["policy"].values()
     assert all(value.isfinite().all() and value.abs().max() < 100 for value in weights)
@@ -535,10 +579,10 @@ def test_the_guard_counts_what_comes_in_a_row(tiny):
 
 # ------------------------------------------------------------------------------------ real deaths
 def killed_at_random(model, out, deaths, rng):
-    """Runs of the script, each killed by SIGKILL at a random moment of its work; then one that is
-    left to end. Returns how many were killed."""
+    """Runs of the script with one arm, each killed by SIGKILL at a random moment of its work; then
+    one that is left to end. Returns how many were killed."""
     command, killed = [sys.executable, str(ROOT / "train_ppo.py")], 0
-    flags = [*SMALL, "--model", str(model), "--out", str(out)]
+    flags = [*SMALL, "--model", str(model), "--out", str(out), "--arms", "ppo-actfocus"]
     while True:
         with tempfile.TemporaryFile("w+") as said:
             process = subprocess.Popen([*command, *flags], stdout=said, stderr=said, cwd=ROOT)
@@ -550,16 +594,16 @@ def killed_at_random(model, out, deaths, rng):
             code = process.wait()
             said.seek(0)
             words = said.read()
-        # One that died after its very last act has nothing to go on with, and says so.
-        if code == 0 or (killed and "the run is done" in words):
+        if code == 0:
             return killed
         assert code == -signal.SIGKILL, words
         killed, flags = killed + 1, ["--resume", str(out)]
 
 
 def test_sigkill(whole, tiny_folder, tmp_path):
+    """(Of arms side by side, see test_processes.)"""
     assert killed_at_random(tiny_folder, tmp_path / "run", deaths=2, rng=random.Random(5)) > 0
-    assert left_behind(tmp_path / "run") == whole
+    assert of_arm(tmp_path / "run") == whole["ppo-actfocus"]
 
 
 def main(deaths: int) -> None:
@@ -570,12 +614,12 @@ def main(deaths: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["ACTFOCUS_CACHE"] = scratch
         model, rng, done = start_folder("frozenlake", **TINY), random.Random(0), 0
-        play(*SMALL, "--model", model, "--out", f"{scratch}/whole")
-        wanted = left_behind(Path(scratch) / "whole")
+        play(*SMALL, "--model", model, "--out", f"{scratch}/whole", "--arms", "ppo-actfocus")
+        wanted = of_arm(Path(scratch) / "whole")
         while done < deaths:
             out = Path(scratch) / f"run{done}"
             done += killed_at_random(model, out, min(5, deaths - done), rng)
-            assert left_behind(out) == wanted
+            assert of_arm(out) == wanted
             print(f"{done} deaths by SIGKILL, and all logs and weights are what they should be")
 
 
