@@ -432,12 +432,11 @@ def run(
         start = copy_of_weights(policy)
         may_wait = config.checkpoint_every > 0  # else an iteration is not worth waiting for
         with hold(out), Interruption(may_wait) as interruption:
-            print(f"results go to {out}")
             origin = origin_of(config, start, prompt)
             to_train = open_run(config, list(arms), origin, interruption)
             if show is not None and not config.resume:
                 show(policy, config, arms)
-            print("The loss stays near zero by construction: watch success.")
+            print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
             at_once = arms_at_once(policy, config, arms, len(to_train)) if script else 1
             with drawn_at_the_end(config):
                 if at_once > 1:

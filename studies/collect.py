@@ -6,7 +6,7 @@
     python -m studies.evidence                                 # draw all figures anew
 
 Every folder below the given ones that holds a config.json is taken: a training run, alone or as
-one of a comparison, or a diagnosis; and every bench.csv. A run that has not come to its last
+one of a comparison, or a diagnosis; and every bench.csv. An arm that has not come to its last
 iteration is left out. To collect a folder twice changes nothing, and a run that was made anew takes
 the place of the earlier one. A new column of the logs becomes a new column of the table, and what
 an old log lacks stays empty.
@@ -94,9 +94,12 @@ def collect(
 def training_tables(
     folder: Path, experiment: str, config: dict, with_unfinished: bool
 ) -> dict[str, list[dict[str, str]]]:
-    """The rows of training.csv and prompts.csv that a training run has: of all its arms."""
+    """The rows of training.csv and prompts.csv that the folder of a training run has: of its arm,
+    or of all arms in a folder of an earlier version."""
     found: dict[str, list[dict[str, str]]] = {}
     for path in log_files(folder):
+        if path.parent != folder:  # an arm with a folder and settings of its own
+            continue
         log = read_table(path)
         done = int(log[-1]["iteration"]) if log else 0
         if done < config["iterations"] and not with_unfinished:

@@ -56,6 +56,29 @@ def test_finished_runs_are_added_once_and_read_back(tmp_path, runs, capsys):
     assert [run.seed for run in all_runs(tmp_path / "data")] == [0, 1, 2]
 
 
+def test_a_run_of_several_arms_is_collected_as_its_arms_are(tmp_path, runs, capsys):
+    """Whether the settings of the whole run lie above them, or the logs lie in one folder, as
+    earlier versions wrote them. An arm that is not finished is left out alone."""
+    whole = tmp_path / "runs" / "whole"
+    for arm, rows in (("grpo", 3), ("actfocus", 3), ("placebo", 2)):
+        write_run(whole / arm, 0, rows, arms=arm)
+        (whole / arm / "grpo.csv").rename(whole / arm / f"{arm}.csv")
+    config = json.loads((whole / "grpo" / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(config | {"arms": "grpo,actfocus,placebo"}))
+    after = collect(tmp_path, whole)
+    assert "whole/placebo/placebo.csv" in capsys.readouterr().out
+    found = all_runs(tmp_path / "data")
+    assert [run.arm for run in found] == ["actfocus", "grpo"]
+    assert [len(run.rows) for run in found] == [3, 3] and found[0].settings == found[1].settings
+    assert collect(tmp_path, whole) == after
+    before = tmp_path / "runs" / "before"
+    write_run(before, 0, 3, arms="grpo,actfocus")
+    (before / "actfocus.csv").write_bytes((before / "grpo.csv").read_bytes())
+    collect(tmp_path, before)
+    found = [(run.experiment, run.arm) for run in all_runs(tmp_path / "data")]
+    assert found[2:] == [("before", "grpo"), ("before", "actfocus")]
+
+
 def test_a_run_made_anew_takes_the_place_of_the_earlier_one(tmp_path, runs):
     collect(tmp_path, runs)
     path = runs / "shop" / "grpo-seed0" / "grpo.csv"

@@ -18,6 +18,7 @@ from studies import compare
 from studies.stats import MEASURES, measures, t_interval
 from support.config import parse
 from support.logs import log
+from support.processes import ROOT, Interruption
 from train_ppo import PPOConfig
 
 SMALL = "--iterations 2 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 4 --eval-every 1 "
@@ -273,11 +274,11 @@ def test_an_interruption_ends_the_cells_and_starts_no_more(tmp_path, monkeypatch
         os.kill(os.getpid(), signal.SIGINT)
 
     began = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    before = signal.getsignal(signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit, match="interrupted; repeat the command to continue"):
         compare.main(["--seeds", "0-3", "--out", str(out), "--device", "cpu"])
-    signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGINT) == before
     assert time.monotonic() - began < 50
     left = {path.name for path in (out / "frozenlake").iterdir()}
     assert left == {"grpo-seed0.partial", "grpo-seed0.txt"}
@@ -317,9 +318,9 @@ def test_a_cell_that_another_process_runs_is_waited_for(how, tmp_path, fake_trai
     assert final == ("0.7" if how == "finishes" else "0.1")
     # done by another process since this one looked: not run again
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    cell, environ = compare.Cell("frozenlake", "grpo", None, 0), dict(os.environ)
+    cell = compare.Cell("frozenlake", "grpo", None, 0)
     config = parse(PPOConfig, "", cell.flags([]))
-    problem = compare.run_cell(cell, config, [], tmp_path / "out", environ, threading.Event())
+    problem = compare.run_cell(cell, config, [], tmp_path / "out", None, Interruption())
     assert problem == ""
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
 
@@ -346,7 +347,7 @@ def test_cells_end_with_a_comparison_that_is_killed(tmp_path):
     driver += "compare.TRAINER = Path(sys.argv[1]); compare.main(sys.argv[2:])"
     flags = ["--seeds", "0", "--out", str(tmp_path / "out"), "--device", "cpu"]
     command = [sys.executable, "-c", driver, str(tmp_path / "trainer.py"), *flags]
-    process = subprocess.Popen(command, cwd=compare.ROOT)
+    process = subprocess.Popen(command, cwd=ROOT)
     wait_until((tmp_path / "pid").exists)
     process.kill()
     process.wait()
@@ -360,11 +361,9 @@ def wait_until(happened, seconds=60):
         time.sleep(0.05)
 
 
-def test_a_system_without_locks_and_hangups_compares_as_well(tmp_path, fake_trainer, monkeypatch):
-    """Windows has neither fcntl nor SIGHUP."""
+def test_a_system_without_locks_compares_as_well(tmp_path, fake_trainer, monkeypatch):
+    """Windows has no fcntl."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.delattr(signal, "SIGHUP")
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     out = tmp_path / "out"
     flags = ["--arms", "grpo", "--seeds", "0", "--out", str(out), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *flags])

@@ -183,9 +183,9 @@ def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "class       energy     grpo   actfocus   token\n" in result.stdout
     for arm in ("grpo", "actfocus"):
-        rows = read(tmp_path / "run" / f"{arm}.csv")
+        rows = read(tmp_path / "run" / arm / f"{arm}.csv")
         assert len(rows) == 3 and float(rows[1]["action_fraction"]) > 0
-        saved = tmp_path / "run" / arm
+        saved = tmp_path / "run" / arm / "policy"
         assert {"chat_template.jinja", "config.json", "tokenizer.json"} <= {
             path.name for path in saved.iterdir()
         }

@@ -23,17 +23,33 @@ from support.logs import (
     UpdateMeter,
     appended_files,
     draw,
+    holds_logs,
+    is_finished,
     log,
     log_files,
     paired_difference,
     spread,
+    success_by_prompt,
     summary,
     whole_file,
 )
 
 
-def write_run(out, evaluations, iterations=4):
-    """The logs of a run, whose evaluations are given by arm; one every second iteration."""
+def write_run(out, evaluations, iterations=4, settings=None):
+    """The logs of a run, whose evaluations are given by arm; one every second iteration. Several
+    arms have folders of their own."""
+    out.mkdir(parents=True, exist_ok=True)
+    if len(evaluations) == 1:
+        write_arms(out, evaluations, iterations)
+    else:
+        for name, successes in evaluations.items():
+            write_arms(out / name, {name: successes}, iterations)
+    if settings is not None:
+        (out / "config.json").write_text(json.dumps(settings))
+
+
+def write_arms(out, evaluations, iterations=4):
+    """The logs of arms in one folder, as earlier versions wrote several."""
     out.mkdir(parents=True, exist_ok=True)
     for name, successes in evaluations.items():
         for iteration in range(iterations + 1):
@@ -171,8 +187,10 @@ def test_labels_keep_apart():
 
 # --------------------------------------------------------------------------------------- summary
 def test_the_summary_names_its_columns(tmp_path):
-    write_run(tmp_path, {"grpo": [0.1, 0.3, 0.2], "actfocus": [0.1, 0.4, 0.5]})
-    _, names, grpo, actfocus, note, *error, one, two, three = summary(tmp_path).splitlines()
+    write_run(tmp_path / "now", {"grpo": [0.1, 0.3, 0.2], "actfocus": [0.1, 0.4, 0.5]})
+    write_arms(tmp_path / "before", {"grpo": [0.1, 0.3, 0.2], "actfocus": [0.1, 0.4, 0.5]})
+    assert summary(tmp_path / "now") == summary(tmp_path / "before")
+    _, names, grpo, actfocus, note, *error, one, two, three = summary(tmp_path / "now").splitlines()
     rest = [one, two, three]
     assert names.split("  ")[0] == "arm"
     for word in ("before", "best", "after", "± std. error", "change", "iteration"):
@@ -251,28 +269,65 @@ def test_the_last_lines_say_where_to_look(tmp_path):
 
 
 def test_the_paired_difference_by_hand(tmp_path):
-    """Over the prompts that both arms played in the same iteration: gains 0.5, 0 and 0.25."""
-    lines = ["arm,iteration,prompt,success", "grpo,0,7,0.25", "grpo,0,8,0.5", "grpo,1,7,0.5"]
-    lines += ["actfocus,0,7,0.75", "actfocus,0,8,0.5", "actfocus,1,7,0.75", "actfocus,1,9,1"]
-    (tmp_path / "prompts.csv").write_text("\n".join(lines) + "\n")
-    mean, error, prompts = paired_difference(tmp_path / "prompts.csv", "actfocus", "grpo")
-    assert (mean, prompts) == (pytest.approx(0.25), 3)
-    assert error == pytest.approx(0.25 / math.sqrt(3))  # their standard deviation is 0.25
-    mean, error, prompts = paired_difference(tmp_path / "prompts.csv", "actfocus", "grpo", 1)
-    assert (mean, prompts) == (0.25, 1) and math.isnan(error)
+    """Over the prompts that both arms played in the same iteration: gains 0.5, 0 and 0.25. Whether
+    the arms wrote into one file, as in earlier versions, or each into its own."""
+    head = "arm,iteration,prompt,success"
+    grpo = ["grpo,0,7,0.25", "grpo,0,8,0.5", "grpo,1,7,0.5"]
+    actfocus = ["actfocus,0,7,0.75", "actfocus,0,8,0.5", "actfocus,1,7,0.75", "actfocus,1,9,1"]
+    files = {"both": grpo + actfocus, "grpo": grpo, "actfocus": actfocus}
+    for name, lines in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.csv").write_text("\n".join([head, *lines]) + "\n")
+    for one, other in (("both", "both"), ("actfocus", "grpo")):
+        logs_of = tmp_path / one / "actfocus.csv", tmp_path / other / "grpo.csv"
+        played = [success_by_prompt(path, "prompts.csv") for path in logs_of]
+        mean, error, prompts = paired_difference(*played)
+        assert (mean, prompts) == (pytest.approx(0.25), 3)
+        assert error == pytest.approx(0.25 / math.sqrt(3))  # their standard deviation is 0.25
+        played = [success_by_prompt(path, "prompts.csv", 1) for path in logs_of]
+        mean, error, prompts = paired_difference(*played)
+        assert (mean, prompts) == (0.25, 1) and math.isnan(error)
 
 
 # ----------------------------------------------------------------------------------------- files
 def test_only_what_grows_is_cut_back(tmp_path):
     """A picture or a page is written whole each time; cut to an earlier length it would be none."""
-    write_run(tmp_path, {"actfocus": [0.1], "grpo": [0.1]})
+    write_run(tmp_path, {"grpo": [0.1]})
     draw(tmp_path)
     (tmp_path / "episodes").mkdir()
     for name in ("samples.txt", "episodes.html", "config.json", "episodes/grpo-before.json"):
         (tmp_path / name).write_text("{}")
-    assert [path.name for path in log_files(tmp_path)] == ["grpo.csv", "actfocus.csv"]
     found = [path.name for path in appended_files(tmp_path)]
-    assert found == ["grpo.csv", "actfocus.csv", "prompts.csv", "evaluations.csv", "samples.txt"]
+    assert found == ["grpo.csv", "prompts.csv", "evaluations.csv", "samples.txt"]
+
+
+def test_the_logs_of_a_run_are_found_wherever_its_arms_have_them(tmp_path):
+    names = {"actfocus": [0.1], "placebo": [0.1], "grpo": [0.1]}
+    write_run(tmp_path / "now", names, settings={"arms": "placebo,actfocus"})
+    write_arms(tmp_path / "before", names)
+    (tmp_path / "before" / "grpo").mkdir()  # what --save left there
+    (tmp_path / "before" / "grpo" / "config.json").write_text("{}")
+    found = [path.relative_to(tmp_path / "now") for path in log_files(tmp_path / "now")]
+    assert list(map(str, found)) == [
+        "placebo/placebo.csv", "actfocus/actfocus.csv", "grpo/grpo.csv",
+    ]  # fmt: skip
+    assert appended_files(tmp_path / "now") == [] and holds_logs(tmp_path / "now")
+    found = [path.relative_to(tmp_path / "before") for path in log_files(tmp_path / "before")]
+    assert list(map(str, found)) == ["grpo.csv", "actfocus.csv", "placebo.csv"]
+    assert len(appended_files(tmp_path / "before")) == 5
+    (tmp_path / "empty").mkdir()
+    assert not holds_logs(tmp_path / "empty") and not holds_logs(tmp_path / "nothing")
+
+
+def test_a_run_is_finished_when_it_is_evaluated_and_its_checkpoints_are_gone(tmp_path):
+    write_run(tmp_path, {"grpo": [0.1, 0.2, 0.3]})
+    assert is_finished(tmp_path, "grpo", iterations=4)
+    assert not is_finished(tmp_path, "grpo", iterations=6)
+    assert not is_finished(tmp_path, "actfocus", iterations=4)
+    (tmp_path / "checkpoints").mkdir()
+    assert is_finished(tmp_path, "grpo", iterations=4)
+    (tmp_path / "checkpoints" / "000003-0123.pt").write_text("")
+    assert not is_finished(tmp_path, "grpo", iterations=4)
 
 
 def test_a_row_with_an_unknown_column_is_refused(tmp_path):

@@ -81,6 +81,17 @@ def test_a_model_that_does_not_fit_is_named_before_it_is_loaded(start, tmp_path,
     assert result.stderr.endswith("loaded\n")
 
 
+def test_how_many_runs_fit_side_by_side(start, monkeypatch):
+    config = ActFocusConfig(env="frozenlake", device="cpu")
+    config.resolve()
+    needed = memory.estimate_run(start, config, [])
+    largest = max(sum(sizes.values()) for sizes in needed.values())
+    for there, fit in ((3.5 * largest, 3), (0.1 * largest, 1), (None, 1)):
+        monkeypatch.setattr(memory, "available", lambda device, there=there: there)
+        assert memory.how_many_fit(start, config, []) == fit
+    assert memory.how_many_fit("/nowhere", config, []) == 1
+
+
 def test_will_it_fit_is_answered_without_loading_the_model(start, monkeypatch, capsys):
     monkeypatch.setattr("policy.load_policy", lambda *_: sys.exit("loaded"))
     flags = ["--model", str(start), "--device", "cpu", "--arms", "ppo", "--prompts", "16"]

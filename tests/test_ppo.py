@@ -143,12 +143,14 @@ def test_one_command_trains_ppo_with_and_without_actfocus(start, tmp_path):
     same = run_script("train_ppo.py", start, tmp_path / "same", *flags)
     assert same.returncode == 0, same.stderr
     out = tmp_path / "same"
-    plain, focus = (read(out / f"{name}.csv") for name in ("ppo", "ppo-actfocus"))
+    plain, focus = (read(out / name / f"{name}.csv") for name in ("ppo", "ppo-actfocus"))
     for rows in (plain, focus):
         for row in rows:
             row.update(seconds="", seconds_play="")
     assert plain == focus
-    weights = [(out / arm / "model.safetensors").read_bytes() for arm in ("ppo", "ppo-actfocus")]
+    weights = [
+        (out / arm / "policy" / "model.safetensors").read_bytes() for arm in ("ppo", "ppo-actfocus")
+    ]
     assert weights[0] == weights[1]
     assert float(plain[0]["value_loss"]) > 0 and float(plain[0]["advantage_mean"]) == pytest.approx(
         0, abs=1e-5
@@ -160,12 +162,15 @@ def test_one_command_trains_ppo_with_and_without_actfocus(start, tmp_path):
     flags = ("--arms", "ppo-actfocus,grpo", "--iterations", "1")
     other = run_script("train_ppo.py", start, tmp_path / "other", *flags)
     assert other.returncode == 0, other.stderr
-    row, grpo = (read(tmp_path / "other" / f"{name}.csv")[0] for name in ("ppo-actfocus", "grpo"))
+    folders = {name: tmp_path / "other" / name for name in ("ppo-actfocus", "grpo")}
+    row, grpo = (read(folder / f"{name}.csv")[0] for name, folder in folders.items())
     assert float(row["mean_weight"]) < 0.45 and float(grpo["mean_weight"]) == 1
     assert row["train_success"] == grpo["train_success"] == plain[0]["train_success"]
-    prompts = read(tmp_path / "other" / "prompts.csv")
-    assert [each["arm"] for each in prompts] == ["ppo-actfocus"] * 2 + ["grpo"] * 2
-    assert [each["prompt"] for each in prompts[:2]] == [each["prompt"] for each in prompts[2:]]
+    prompts = {name: read(folder / "prompts.csv") for name, folder in folders.items()}
+    for name, rows in prompts.items():
+        assert [each["arm"] for each in rows] == [name] * 2
+    one, other = ([each["prompt"] for each in rows] for rows in prompts.values())
+    assert one == other
 
 
 def test_flags_of_the_critic_are_checked(capsys):

@@ -24,7 +24,7 @@ from policy import load_policy
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
 from studies.diagnose import DiagnoseConfig
-from support.config import ActFocusConfig, Config, make_parser, parse, read_config
+from support.config import ActFocusConfig, Config, flags_of, make_parser, parse, read_config
 from support.logs import COLUMNS, column
 from train_grpo import Guard, run, update
 from train_ppo import PPOConfig
@@ -40,7 +40,8 @@ SMALL = (
 
 
 def run_script(script, model, out, *flags, process=False):
-    """A script as a user runs it, in this process, which spares imports, or in one of its own."""
+    """A script as a user runs it, in this process, which spares imports and trains the arms one
+    after the other, or in one of its own."""
     argv = [script, "--model", str(model), "--out", str(out), "--device", "cpu"]
     argv += [*SMALL.split(), *flags]
     if process:
@@ -49,6 +50,7 @@ def run_script(script, model, out, *flags, process=False):
     said, complained, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(sys, "argv", argv)
+        patch.setattr(train_grpo, "usable_cores", lambda: 1)
         with contextlib.redirect_stderr(complained):
             try:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -76,25 +78,35 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json",
-        "grpo.csv",
-        "actfocus.csv",
-        "prompts.csv",
-        "evaluations.csv",
         "curves.png",
-        "samples.txt",
-        "episodes",
         "episodes.html",
         "grpo",
         "actfocus",
     }
-    assert json.loads((out / "config.json").read_text())["prompts"] == 2
+    of_arm = {
+        "config.json",
+        "prompts.csv",
+        "evaluations.csv",
+        "samples.txt",
+        "episodes",
+        "policy",
+    }
+    side_by_side = {"curves.png", "episodes.html", "output.txt"}  # on a machine of several cores
+    for arm in ("grpo", "actfocus"):
+        names = {path.name for path in (out / arm).iterdir()}
+        assert names - side_by_side == of_arm | {f"{arm}.csv"}
+        settings = json.loads((out / arm / "config.json").read_text())
+        assert settings["prompts"] == 2 and settings["arms"] == arm
+        assert settings["out"] == str(out / arm)
+    assert json.loads((out / "config.json").read_text())["arms"] == "grpo,actfocus"
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (
         out / "curves.png"
     ).stat().st_size > 20_000
-    samples = (out / "samples.txt").read_text()
-    for title in ("grpo after 0", "grpo after 2", "actfocus after 0", "actfocus after 2"):
-        assert f"===== {title} iterations: " in samples
-    assert "<|im_start|>assistant" in samples and "<tool_response>" in samples
+    for arm in ("grpo", "actfocus"):
+        samples = (out / arm / "samples.txt").read_text()
+        for title in (f"{arm} after 0", f"{arm} after 2"):
+            assert f"===== {title} iterations: " in samples
+        assert "<|im_start|>assistant" in samples and "<tool_response>" in samples
     assert result.stdout.count("The loss stays near zero") == 1
     said = result.stdout.splitlines()
     header = said.index(next(line for line in said if line.startswith("arm  ")))
@@ -107,11 +119,11 @@ def test_one_command_trains_both_arms_and_leaves_everything_behind(both_arms):
     assert evaluation.startswith("  evaluation after 2 iterations: ")
     assert curves.endswith(str(out / "curves.png"))
     for arm in ("grpo", "actfocus"):  # what each evaluation's mean is of
-        for row in read(out / f"{arm}.csv"):
+        for row in read(out / arm / f"{arm}.csv"):
             if row["eval_success"]:
                 each = [
                     float(one["success"])
-                    for one in read(out / "evaluations.csv")
+                    for one in read(out / arm / "evaluations.csv")
                     if (one["arm"], one["iteration"]) == (arm, row["iteration"])
                 ]
                 assert sum(each) / len(each) == pytest.approx(float(row["eval_success"]), abs=1e-5)
@@ -126,7 +138,7 @@ def test_in_bfloat16_the_ratio_of_a_first_update_is_one(start, tmp_path):
     row = read(tmp_path / "run" / "actfocus.csv")[0]
     assert abs(float(row["kl"])) < 1e-7 and float(row["clip_fraction"]) == 0
     assert float(row["grad_norm"]) > 0
-    assert load_policy(tmp_path / "run" / "actfocus").head.dtype == torch.float32
+    assert load_policy(tmp_path / "run" / "policy").head.dtype == torch.float32
     assert load_policy(start, bfloat16=True).frozen_copy().head.dtype == torch.bfloat16
 
 
@@ -149,7 +161,7 @@ def test_gradient_agreement_is_the_cosine_of_successive_gradients(built_in, play
 
 def test_logs_have_their_columns_and_make_sense(both_arms):
     for name in ("grpo", "actfocus"):
-        rows = read(both_arms[0] / f"{name}.csv")
+        rows = read(both_arms[0] / name / f"{name}.csv")
         assert [row["iteration"] for row in rows] == ["0", "1", "2"] and list(rows[0]) == list(
             COLUMNS
         )
@@ -176,16 +188,18 @@ def test_logs_have_their_columns_and_make_sense(both_arms):
             )
         assert rows[2]["seconds"] == "" and rows[2]["eval_success"] != ""
     share = {
-        name: column(both_arms[0] / f"{name}.csv", "reasoning_weight_share")[1][0]
+        name: column(both_arms[0] / name / f"{name}.csv", "reasoning_weight_share")[1][0]
         for name in ("grpo", "actfocus")
     }
     assert share["actfocus"] < 0.4 < 0.7 < share["grpo"]
-    weight = {name: column(both_arms[0] / f"{name}.csv", "mean_weight")[1][0] for name in share}
+    weight = {
+        name: column(both_arms[0] / name / f"{name}.csv", "mean_weight")[1][0] for name in share
+    }
     assert weight["grpo"] == 1 and 0.15 < weight["actfocus"] < 0.45
 
 
 def test_both_arms_start_alike_and_part(both_arms):
-    grpo, focus = (read(both_arms[0] / f"{name}.csv") for name in ("grpo", "actfocus"))
+    grpo, focus = (read(both_arms[0] / name / f"{name}.csv") for name in ("grpo", "actfocus"))
     for key in (
         "train_success",
         "train_reward",
@@ -199,9 +213,10 @@ def test_both_arms_start_alike_and_part(both_arms):
 
 def test_saved_policies_load_again(both_arms):
     out = both_arms[0]
-    again = run_script("train_grpo.py", out / "actfocus", out / "again", "--iterations", "1")
+    saved = out / "actfocus" / "policy"
+    again = run_script("train_grpo.py", saved, out / "again", "--iterations", "1")
     assert again.returncode == 0, again.stderr
-    last = read(out / "actfocus.csv")[-1]
+    last = read(out / "actfocus" / "actfocus.csv")[-1]
     assert (
         read(out / "again" / "grpo.csv")[0]["eval_success"] == last["eval_success"]
     )  # same weights, same episodes
@@ -229,12 +244,12 @@ def test_alpha_one_beta_zero_is_the_grpo_run_bit_for_bit(both_arms, start, tmp_p
     paths = [
         tmp_path / "a" / "actfocus.csv",
         tmp_path / "b" / "grpo.csv",
-        both_arms[0] / "grpo.csv",
+        both_arms[0] / "grpo" / "grpo.csv",
     ]
     rows = [[dict(row, seconds="", seconds_play="") for row in read(path)] for path in paths]
     assert rows[0] == rows[1] == rows[2]
     weights = [
-        (tmp_path / path / "model.safetensors").read_bytes() for path in ("a/actfocus", "b/grpo")
+        (tmp_path / path / "policy" / "model.safetensors").read_bytes() for path in ("a", "b")
     ]
     assert weights[0] == weights[1]
 
@@ -335,6 +350,17 @@ def test_a_preset_gives_way_to_the_flags_beside_it():
     assert (critic.critic_lr, critic.keep_groups, critic.lr) == (1e-5, 0.25, 1e-6)
 
 
+def test_a_config_can_be_written_as_flags():
+    """Of any values; and of an arm whose preset would be another one without the others."""
+    flags = "--preset paper --env sokoban --arms grpo,ppo --lr 1e-5 --kl-coef 0.1 --save"
+    config = parse(PPOConfig, "", [*flags.split(), "--device", "cpu", "--model=-a name"])
+    config.resolve()
+    assert parse(PPOConfig, "", flags_of(config)) == config
+    alone = replace(config, arms="grpo", out="runs/a b/grpo", lr=1 / 3, env="frozenlake")
+    assert parse(PPOConfig, "", flags_of(alone)) == alone and alone.keep_groups == 0.25
+    assert parse(PPOConfig, "", ["--preset", "paper", "--arms", "grpo"]).keep_groups == 1
+
+
 def test_settings_of_an_earlier_version_can_be_read(tmp_path):
     """One that is gone is ignored, one that was not there yet has its default."""
     path = tmp_path / "config.json"
@@ -352,10 +378,10 @@ def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
 
 
 def test_an_earlier_run_is_never_overwritten(both_arms, start, tiny_folder):
-    before = (both_arms[0] / "grpo.csv").read_bytes()
+    before = (both_arms[0] / "grpo" / "grpo.csv").read_bytes()
     result = run_script("train_grpo.py", start, both_arms[0])
     assert result.returncode == 2 and "holds an earlier run: choose another folder" in result.stderr
-    assert (both_arms[0] / "grpo.csv").read_bytes() == before
+    assert (both_arms[0] / "grpo" / "grpo.csv").read_bytes() == before
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
@@ -387,7 +413,7 @@ def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, both_ar
         "0.01",
     )
     assert result.returncode == 0, result.stderr
-    row = read(tmp_path / "out" / "actfocus.csv")[0]
+    row = read(tmp_path / "out" / "actfocus" / "actfocus.csv")[0]
     assert float(row["action_fraction"]) == 0
     assert float(row["equal_groups"]) == float(row["cut_turns"]) == 1
     assert row["skipped_updates"] == "0"
@@ -620,7 +646,7 @@ def test_a_model_that_plays_otherwise_than_it_trains_is_found_out(
 ):
     """The log-probs noted while sampling are held against those of the first training pass."""
     for name in ("grpo", "actfocus"):
-        assert max(column(both_arms[0] / f"{name}.csv", "sampling_gap")[1]) < 1e-3
+        assert max(column(both_arms[0] / name / f"{name}.csv", "sampling_gap")[1]) < 1e-3
     play = train_grpo.play
 
     def play_otherwise(*args, **options):

@@ -252,6 +252,24 @@ def test_episodes_of_all_arms_before_and_after(built_in, evaluation, tmp_path):
     assert len({energy for _, _, energy, *_ in page.tips[:first]}) > 20
 
 
+def test_arms_stand_in_the_order_of_the_run(built_in, evaluation, tmp_path):
+    """Each arm in its own folder, and the first of --arms first."""
+    for arm_name in ("grpo", "actfocus"):
+        (tmp_path / arm_name).mkdir()
+        save(tmp_path / arm_name, arm_name, 0, built_in, evaluation[0])
+        log = tmp_path / arm_name / f"{arm_name}.csv"
+        logs.log(log, {"iteration": 0, "eval_success": 0.25})
+    for arms, first, second in (
+        ("actfocus,grpo", "ActFocus", "GRPO"), ("grpo,actfocus", "GRPO", "ActFocus")
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps({"arms": arms}))
+        write_episodes_page(tmp_path)
+        text = Page((tmp_path / "episodes.html").read_text()).text
+        assert text.index(f"{first}, before training") < text.index(f"{second}, before training")
+        assert text.index(f"{first}before training") < text.index(f"{second}before training")
+        assert text.count("25% succeed") == 2
+
+
 def test_a_resumed_run_still_shows_what_was_before(built_in, evaluation, tmp_path):
     """A resumed run evaluates later iterations only; what it shows of before training is kept."""
     rollouts = evaluation[0]
