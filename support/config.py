@@ -326,7 +326,8 @@ class Config:
     )
     resume: str | None = flag(
         None,
-        "The folder of an interrupted run to resume. Its settings apply; of the other flags only "
+        "The folder of an interrupted run to resume, or of one of its arms. Its settings apply; of "
+        "the other flags only "
         "--micro-tokens, --play-batch and --gradient-checkpointing may differ.",
     )
     with_critic = False  # no field: a class of settings whose trainer has a critic says True
@@ -411,7 +412,8 @@ class ActFocusConfig(Config):
 
     arms: str = flag(
         "grpo,actfocus",
-        f"The arms to train, one after the other and separated by commas: {', '.join(ARMS)}.",
+        f"The arms to train, separated by commas: {', '.join(ARMS)}. Those of a small model on a "
+        "CPU are trained side by side.",
     )
     alpha: float | None = flag(
         None,
