@@ -302,8 +302,9 @@ def python_files() -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(paths)}
 
 
-def imports_of(source: str, files: dict[str, str]) -> set[str]:
-    """The files among `files` that a source imports, anywhere in it."""
+@functools.cache  # by its text: most files are looked at again and again
+def modules_of(source: str) -> frozenset[str]:
+    """The names that a source imports, anywhere in it, as if each were a module."""
     modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -311,10 +312,16 @@ def imports_of(source: str, files: dict[str, str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "relative imports are not read"
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    paths = [module.replace(".", "/") for module in modules]
+    return frozenset(modules)
+
+
+def imports_of(source: str, files: dict[str, str]) -> set[str]:
+    """The files among `files` that a source imports."""
+    paths = [module.replace(".", "/") for module in modules_of(source)]
     return {path + end for path in paths for end in (".py", "/__init__.py")} & set(files)
 
 
+@functools.cache
 def changes_sys_path(source: str) -> bool:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "sys":
