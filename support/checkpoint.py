@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from support.folder import is_lost, writing
+from worlds.imported import is_imported
 
 
 class Stateful(Protocol):
@@ -131,8 +132,10 @@ class Checkpoints:
             return "it cannot be resumed, since --checkpoint-every is 0"
         if is_lost(self.out):
             return "it cannot be resumed, since its checkpoints were there"
-        command = shlex.join(["python", sys.argv[0], "--resume", str(self.out)])
-        return f"resume it with: {command}"
+        command = ["python", sys.argv[0], "--resume", str(self.out)]
+        if is_imported(self.origin.get("env", "")):
+            command += ["--env", self.origin["env"]]
+        return f"resume it with: {shlex.join(command)}"
 
     def save(self, state: dict) -> None:
         """Write a checkpoint and delete all but the newest two. Raises RunFolderError, which is an
