@@ -328,7 +328,8 @@ class Config:
     resume: str | None = flag(
         None,
         "The folder of an interrupted run to resume. Its settings apply; of the other flags only "
-        "--micro-tokens, --play-batch and --gradient-checkpointing may differ.",
+        "--micro-tokens, --play-batch and --gradient-checkpointing may differ. In a world of yours "
+        "--env is needed as well, since its code is run.",
     )
     with_critic = False  # no field: a class of settings whose trainer has a critic says True
 
