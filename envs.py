@@ -6,7 +6,7 @@
 
 An environment has four things:
 
-- `tools`: JSON schemas in the OpenAI form, as chat templates take them.
+- `tools`: a list of JSON schemas in the OpenAI form, as chat templates take them.
 - `system`: the instructions, which say what each symbol means and what each mistake costs.
 - `reset(seed) -> str`: begin an episode.
 - `step(reply) -> Step`: play one turn. An episode is a pure function of its seed and the replies.
@@ -31,7 +31,10 @@ from typing import NamedTuple
 
 DIRECTIONS = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
 COLUMNS = "abcdefghi"
-TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,)}
+TYPES = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+    "array": (list,), "object": (dict,),
+}  # fmt: skip
 Cell = tuple[int, int]  # (row, column), both counted from 0
 
 
@@ -121,10 +124,18 @@ def read_call(reply: str, tools: list[dict]) -> tuple[Call | None, str]:
 
 
 def check_arguments(arguments: object, schema: dict) -> str:
-    """One sentence on how `arguments` break a tool's schema, or "" if they fit it."""
+    """One sentence on how `arguments` break a tool's schema, or "" if they fit it. What an array or
+    an object contains is left to the world to check."""
     properties = schema["properties"]
-    if not isinstance(arguments, dict) or set(arguments) != set(schema["required"]):
-        return f"The arguments must be a JSON object with exactly: {', '.join(schema['required'])}."
+    required = schema.get("required", [])
+    if not isinstance(arguments, dict) or not set(required) <= set(arguments) <= set(properties):
+        if len(required) == len(properties):
+            return f"The arguments must be a JSON object with exactly: {', '.join(required)}."
+        optional = [name for name in properties if name not in required]
+        return (
+            f"The arguments must be a JSON object with: {', '.join(required)}; "
+            f"optional are: {', '.join(optional)}."
+        )
     for name, value in arguments.items():
         wanted = properties[name]["type"]
         if type(value) not in TYPES[wanted]:  # isinstance would take True for an integer
@@ -132,6 +143,43 @@ def check_arguments(arguments: object, schema: dict) -> str:
         choices = properties[name].get("enum", [value])
         if value not in choices:
             return f"The argument {name} must be one of {', '.join(map(str, choices))}."
+    return ""
+
+
+def check_tools(tools: object) -> str:
+    """What keeps `tools` from being schemas that `read_call` can use, as the end of a sentence, or
+    "" if they are. Tools that `tool_schema` made are."""
+    if not isinstance(tools, list) or not tools:
+        return "its tools are no list with at least one schema"
+    for number, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            return f'tools[{number}] is not of the form {{"type": "function", "function": {{...}}}}'
+        name = function.get("name")
+        if not isinstance(name, str) or not name:
+            return f"tools[{number}] has no name"
+        if problem := check_parameters(function.get("parameters")):
+            return f"the tool {name} {problem}"
+    return ""
+
+
+def check_parameters(parameters: object) -> str:
+    """What keeps a schema of parameters from being one that `check_arguments` can use, or ""."""
+    if not isinstance(parameters, dict) or parameters.get("type") != "object":
+        return "has parameters that are not of the type object"
+    properties = parameters.get("properties")
+    if not isinstance(properties, dict):
+        return "has parameters without properties"
+    for name, schema in properties.items():
+        kind = schema.get("type") if isinstance(schema, dict) else None
+        if kind not in list(TYPES):
+            return f"takes {name} of the type {kind}: choose one of {', '.join(TYPES)}"
+        choices = schema.get("enum", ["any"])
+        if not isinstance(choices, list) or not choices:
+            return f"takes {name} with an enum that is no list of choices"
+    required = parameters.get("required", [])
+    if not isinstance(required, list) or any(name not in list(properties) for name in required):
+        return f"requires {required}, which is no list of its properties"
     return ""
 
 

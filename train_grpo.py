@@ -590,7 +590,7 @@ def drawn_at_the_end(config: Config) -> Iterator[None]:
     try:
         yield
     except RunFolderError as error:  # an OSError of a world keeps its traceback
-        how = how_to_resume(out, config.checkpoint_every)
+        how = how_to_resume(out, config.checkpoint_every, config.env)
         raise SystemExit(f"{out} cannot be written: {error}; {how}") from None
     finally:
         with contextlib.suppress(OSError):  # a full disk, which has been told of

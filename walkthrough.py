@@ -60,7 +60,12 @@ def quote(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--env", default="frozenlake", choices=ENVIRONMENTS, help="The world.")
+    parser.add_argument(
+        "--env",
+        default="frozenlake",
+        choices=ENVIRONMENTS,
+        help="The world; it needs a built-in model.",
+    )
     parser.add_argument("--seed", type=int, default=0, help="The seed of the sampling, from 0 on.")
     args = parser.parse_args()
     if args.seed < 0:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from studies.data import DATA, RUN, read_settings, read_table, write_table
 from support.logs import COLUMNS, log_files
+from worlds.imported import world_name
 
 # These flags are left out of settings.json: they do not change what a run measures.
 NOT_SETTINGS = ("out", "resume", "save", "checkpoint_every", "no_baseline")
@@ -107,7 +108,7 @@ def training_tables(
             continue
         named = {
             "experiment": experiment,
-            "env": config["env"],
+            "env": world_name(config["env"]),
             "arm": path.stem,
             "lr": f"{config['lr']:g}",
             "seed": str(config["seed"]),

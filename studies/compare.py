@@ -41,6 +41,7 @@ from support.logs import COLUMNS, PANELS, column, is_finished
 from support.processes import ROOT, Interruption, last_line, run_script, side_by_side
 from support.warm_start import start_folder
 from train_ppo import PPOConfig
+from worlds.imported import is_imported, world_name
 
 try:
     import fcntl
@@ -68,7 +69,7 @@ class Cell:
     def folder(self, out: Path) -> Path:
         """Where the finished run lies."""
         rate = "" if self.lr is None else f"-lr{self.lr:g}"
-        return out / self.env / f"{self.arm}{rate}-seed{self.seed}"
+        return out / world_name(self.env) / f"{self.arm}{rate}-seed{self.seed}"
 
     def partial(self, out: Path) -> Path:
         """Where the run lies until it is finished."""
@@ -163,6 +164,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for name in ("env", "arms", "seeds", "lr"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             parser.error(f"--{name} names something twice: name each once")
+    if len(set(map(world_name, args.env))) < len(args.env):
+        parser.error("--env names two worlds of one name, whose runs would share a folder")
     if args.jobs < 1 or not args.seeds:
         parser.error("--jobs must be at least 1, and --seeds a range such as 0-7")
     return args, shared
@@ -224,7 +227,10 @@ def collect(asked: list[Cell], shared: list[str], out: Path) -> tuple[list[Run],
             continue
         config = read_settings(folder)
         key = cell.env, cell.arm, cell.seed, config.lr
-        reason = reason_to_leave_out(cell, config, shared)
+        if is_imported(cell.env) and cell.env not in {other.env for other in asked}:
+            reason = f"{cell.env}, whose code is run, is not named by this command"
+        else:
+            reason = reason_to_leave_out(cell, config, shared)
         if not reason and key in runs:  # a rate that was given, and is also the world's own
             reason = f"it is the same as {runs[key].log.parent}"
         if reason:
@@ -411,6 +417,7 @@ def write_csv(runs: list[Run], path: Path) -> None:
         for run in runs:
             arm = run.config.chosen_arms()[run.cell.arm]
             values = asdict(run.cell) | asdict(arm) | {"lr": run.config.lr}
+            values["env"] = world_name(run.cell.env)
             with run.log.open(newline="", encoding="utf-8") as lines:
                 for row in csv.DictReader(lines):
                     writer.writerow({name: values[name] for name in setting} | row)
@@ -430,7 +437,7 @@ def table(env: str, lr: float, logs: Logs, baseline: str, threshold: float) -> s
         found[arm] = {seed: measures(log, threshold) for seed, log in of_arm.items()}
     heads = f"{'':14}{'seeds':>6}" + "".join(f"{name:>9}" for name in MEASURES)
     heads += "".join(f"{f'{name} less {baseline}':>26}" for name in COMPARED)
-    lines = [f"{env}, lr {lr:g}", heads]
+    lines = [f"{world_name(env)}, lr {lr:g}", heads]
     for arm in logs:
         line = f"{arm:14}{len(found[arm]):>6}"
         line += "".join(f"{mean_of_seeds(found[arm], name):>9}" for name in MEASURES)
@@ -470,7 +477,7 @@ def draw(worlds: dict[tuple[str, float], Logs], baseline: str, path: Path) -> No
     for i, ((env, lr), logs) in enumerate(worlds.items()):
         above, below = panels[2 * i], panels[2 * i + 1]
         for j, name in enumerate(("eval_success", "train_success")):
-            draw_success(above[j], logs, name, f"{env}, lr {lr:g}")
+            draw_success(above[j], logs, name, f"{world_name(env)}, lr {lr:g}")
             draw_differences(below[j], logs, baseline, name)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))

@@ -66,6 +66,7 @@ from support.transcripts import draw_transcripts
 from support.warm_start import start_folder
 from train_grpo import play, score
 from worlds import make_env
+from worlds.imported import world_name
 
 DIAGNOSE_SEEDS = 3_000_000_000  # and on: seeds that nothing else draws
 TOKENS = {  # choices of tokens: label, color
@@ -187,7 +188,7 @@ def diagnose(config: DiagnoseConfig) -> None:
 
 def make_folder(config: DiagnoseConfig) -> Path:
     """The folder of the results, with the settings in it."""
-    out = Path(config.out or new_folder(f"{config.env}-diagnosis"))
+    out = Path(config.out or new_folder(f"{world_name(config.env)}-diagnosis"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     return out
@@ -222,8 +223,9 @@ def report_signal(out: Path, blocks: list[Block], config: DiagnoseConfig) -> Non
     size = block_size(config)
     rows = signal_rows(blocks, size)
     write_rows(out / "signal.csv", rows)
+    world = world_name(config.env)
     title = (
-        f"{config.env}: signal and noise of the policy gradient, {len(blocks)} blocks of "
+        f"{world}: signal and noise of the policy gradient, {len(blocks)} blocks of "
         f"{PROMPTS_PER_BLOCK} prompts x {config.group_size} rollouts; 95 % jackknife intervals"
     )
     draw_signal(out / "signal.png", rows, size, title)
@@ -270,7 +272,7 @@ def draw_weights(out: Path, policy: Policy, batch: Batch, config: DiagnoseConfig
         alpha=config.alpha,
         beta=config.beta,
     )
-    title = f"{config.env}: every sampled token by its ActFocus weight "
+    title = f"{world_name(config.env)}: every sampled token by its ActFocus weight "
     title += f"(alpha {config.alpha:g}, beta {config.beta:g})"
     draw_transcripts(out, title, policy, rollouts, frozen, weights)
 
@@ -446,7 +448,7 @@ def draw_bottleneck(
     share = 100 * np.mean([row["action_fraction"] for row in groups])
     who = "a trained policy" if config.checkpoint else "the reference"
     above.suptitle(
-        f"{config.env}: {len(groups)} groups of {config.group_size} rollouts by {who}, "
+        f"{world_name(config.env)}: {len(groups)} groups of {config.group_size} rollouts by {who}, "
         f"temperature {config.temperature:g}, success {success:.0f} %; "
         f"{share:.0f} % of generated tokens are action tokens"
     )

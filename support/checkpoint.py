@@ -29,6 +29,7 @@ import torch
 
 from support.folder import is_lost, writing
 from support.processes import Interruption
+from worlds.imported import is_imported
 
 
 class Stateful(Protocol):
@@ -134,7 +135,7 @@ class Checkpoints:
 
     def how_to_resume(self) -> str:
         """What to do about a run that has ended early, as the end of a sentence."""
-        return how_to_resume(self.whole, self.every)
+        return how_to_resume(self.whole, self.every, self.origin.get("env", ""))
 
     def save(self, state: dict) -> None:
         """Write a checkpoint and delete all but the newest two. Raises RunFolderError, which is an
@@ -156,14 +157,17 @@ class Checkpoints:
                 old.unlink()
 
 
-def how_to_resume(out: Path, every: int) -> str:
+def how_to_resume(out: Path, every: int, env: str) -> str:
     """What to do about a run that has ended early, as the end of a sentence. out: its folder.
     every: the number of iterations between its checkpoints."""
     if not every:
         return "it cannot be resumed, since --checkpoint-every is 0"
     if is_lost(out):
         return "it cannot be resumed, since its checkpoints were there"
-    return f"resume it with: {shlex.join(['python', sys.argv[0], '--resume', str(out)])}"
+    command = ["python", sys.argv[0], "--resume", str(out)]
+    if is_imported(env):
+        command += ["--env", env]
+    return f"resume it with: {shlex.join(command)}"
 
 
 def has_checkpoint(out: Path) -> bool:

@@ -27,6 +27,7 @@ import torch
 from arms import ARMS, SIGNALS, Arm
 from support.logs import COLUMNS, holds_logs
 from worlds import ENVIRONMENTS, make_env
+from worlds.imported import is_imported, world_name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A resumed run may change these: they save memory and leave what is computed as it is.
@@ -138,6 +139,7 @@ def parse_resumed(
             raise ValueError(f"{path} holds no settings")
     except (OSError, ValueError) as error:
         raise ValueError(f"--resume {folder} is no run that can be resumed: {error}") from None
+    check_named_again(parser, argv, begun_with, folder)
     known = vars(parser.parse_args([]))
     differing = sorted(begun_with.keys() ^ known.keys())
     if differing:
@@ -171,6 +173,19 @@ def flags_of(config) -> list[str]:
         elif value is not None and value is not False:
             words.append(f"{flag_name(each.name)}={value}")
     return words
+
+
+def check_named_again(
+    parser: argparse.ArgumentParser, argv: list[str] | None, begun_with: dict, folder: str
+) -> None:
+    """Raise ValueError if a run's settings name a world in a file or module, and the command line
+    does not. To make such a world runs its code, and a file of settings, which may come from
+    anywhere, makes no code run."""
+    env = str(begun_with.get("env"))
+    if is_imported(env) and parser.parse_args(argv).env != env:
+        raise ValueError(
+            f"--resume {folder} was run in {env}, whose code is run: say --env {env} as well"
+        )
 
 
 def read_config(config_class: type, path: Path):
@@ -238,7 +253,11 @@ class Config:
     paper's; the other defaults suit the built-in model.
     """
 
-    env: str = flag("sudoku", f"The world to play in: {', '.join(ENVIRONMENTS)}.")
+    env: str = flag(
+        "sudoku",
+        f"The world to play in: {', '.join(ENVIRONMENTS)}; or one of yours, a class or function "
+        "without arguments, as FILE.py:NAME or MODULE:NAME.",
+    )
     model: str | None = flag(
         None,
         "The chat model to train, as a folder or a Hugging Face id. Without this flag it is the "
@@ -327,8 +346,8 @@ class Config:
     resume: str | None = flag(
         None,
         "The folder of an interrupted run to resume, or of one of its arms. Its settings apply; of "
-        "the other flags only "
-        "--micro-tokens, --play-batch and --gradient-checkpointing may differ.",
+        "the other flags only --micro-tokens, --play-batch and --gradient-checkpointing may differ. "
+        "In a world of yours --env is needed as well, since its code is run.",
     )
     with_critic = False  # no field: a class of settings whose trainer has a critic says True
 
@@ -348,6 +367,8 @@ class Config:
         check_range(self, 1e-6, math.inf, "max_grad_norm")
         check_device(self.device)
         make_env(self.env)  # raises ValueError for a world that there is not
+        if is_imported(self.env) and not self.model:
+            raise ValueError(f"{self.env} has no built-in model: give one with --model")
         if self.preset not in (None, "paper"):
             raise ValueError(f"--preset is {self.preset}: there is only paper")
         if self.group_size == 1 and not self.with_critic:
@@ -394,7 +415,7 @@ class Config:
         if self.thoughts is not None and self.thoughts == self.usual_thoughts():
             self.thoughts = None  # the same built-in model as without the flag
         if self.out is None:
-            self.out = new_folder(f"{self.env}-seed{self.seed}")
+            self.out = new_folder(f"{world_name(self.env)}-seed{self.seed}")
 
 
 def new_folder(what: str) -> str:

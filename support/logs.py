@@ -39,6 +39,7 @@ from policy import Policy
 from rollout import Rollouts
 from support.checkpoint import has_checkpoint
 from support.folder import writing
+from worlds.imported import world_name
 
 # The columns of a log. Row k describes the policy after k iterations, and what it plays then.
 COLUMNS = {
@@ -273,7 +274,7 @@ def title_of(out: Path) -> str:
     try:
         model = Path(settings["model"]).name if settings["model"] else "built-in model"
         rollouts = settings["prompts"] * settings["group_size"]
-        return f"{settings['env']}, {model}, {rollouts} rollouts an iteration"
+        return f"{world_name(settings['env'])}, {model}, {rollouts} rollouts an iteration"
     except KeyError:
         return ""
 

@@ -61,7 +61,8 @@ def train_side_by_side(
                 logs.draw(out)
     for bar in bars:
         bar.close()
-    how = how_to_resume(out, next(iter(configs.values())).checkpoint_every)
+    first = next(iter(configs.values()))
+    how = how_to_resume(out, first.checkpoint_every, first.env)
     if problems:
         raise SystemExit("\n".join([*problems, f"the other arms have been trained; {how}"]))
     if interruption.asked:

@@ -44,6 +44,7 @@ from model_checks import check_length
 from policy import Policy, load_policy
 from rollout import check_prompt_fits, rollout
 from worlds import ENVIRONMENTS, make_env
+from worlds.imported import is_imported
 
 STARTS = Path(__file__).parents[1] / "starts"
 # No episode is both demonstrated, trained on and evaluated: training draws seeds below the first of
@@ -97,8 +98,12 @@ class WarmStart:
         """The world to demonstrate in. Raises ValueError for a world without a scripted player."""
         options = {} if self.thoughts is None else {"thoughts": self.thoughts}
         env = make_env(self.env, **options)
-        if not hasattr(env, "demonstrate"):
-            raise ValueError(f"{self.env} has no demonstrations to learn from: give --model")
+        missing = [name for name in ("demonstrate", "skill") if not hasattr(env, name)]
+        if missing:
+            raise ValueError(
+                f"{self.env} has no demonstrations to learn from (it lacks {', '.join(missing)}); "
+                "a run in it needs a model that can play already, by --model"
+            )
         return env
 
     def without_defaults(self) -> WarmStart:
@@ -123,6 +128,8 @@ def start_folder(env: str, **settings) -> Path:
     use, and made anew if it was damaged since. Raises ValueError for a world or an option that does
     not exist, and if the committed model is damaged.
     """
+    if is_imported(env):
+        raise ValueError(f"{env} has no built-in model: give one with --model")
     wanted = WarmStart(env, **settings).without_defaults()
     wanted_fingerprint = fingerprint(wanted)
     committed = STARTS / env
@@ -429,7 +436,9 @@ def make_parser() -> argparse.ArgumentParser:
     about = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(description=about, argument_default=argparse.SUPPRESS)
     parser.add_argument(
-        "--env", choices=list(ENVIRONMENTS), help="The world to learn. (default: frozenlake)"
+        "--env",
+        help=f"The world to learn: {', '.join(ENVIRONMENTS)}; or one of yours that has a scripted "
+        "player, as FILE.py:NAME or MODULE:NAME. (default: frozenlake)",
     )
     parser.add_argument(
         "--model",
@@ -507,9 +516,11 @@ def main(argv: list[str] | None = None) -> None:
         least = settings.window_batch  # windows; an episode has at least one
         if settings.window_steps + settings.episode_steps < 1 or settings.episodes < least:
             raise ValueError(f"there must be a step, and at least {least} --episodes for it")
-        if not out and (model or settings != WarmStart(settings.env)):
+        others = is_imported(settings.env) or settings != WarmStart(settings.env)
+        if not out and (model or others):
             raise ValueError(
-                "--model or a setting other than the default needs --out: no start is overwritten"
+                "--model, a world of yours or a setting other than the default needs --out: no "
+                "start is overwritten"
             )
         policy = load_policy(model, device, bfloat16) if model else None
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: no such device

@@ -14,6 +14,7 @@ import pytest
 
 from envs import read_call, write_turn
 from worlds import ENVIRONMENTS, make_env
+from worlds.imported import an_example
 
 MARK = "hidden-Xyzzy"  # in every string that a reply makes up: no observation may repeat it
 VALUES = [
@@ -57,7 +58,8 @@ def hostile_reply(env, rng: random.Random) -> str:
     if kind == 0:
         return "".join(rng.choices(pieces + [a_call(env, rng)], k=rng.randrange(12)))
     if kind == 1:  # a proper turn, cut anywhere
-        turn = env.demonstrate(rng, 0.5)
+        known = hasattr(env, "demonstrate")  # a world of others is not demonstrated
+        turn = env.demonstrate(rng, 0.5) if known else an_example(rng.choice(env.tools))
         return turn[: rng.randrange(len(turn) + 1)]
     if kind == 2:  # calls one after another
         return f"<think>{MARK}</think>" + f"<tool_call>{a_call(env, rng)}</tool_call>" * 3

@@ -24,15 +24,14 @@ from actfocus import (
     reweight_advantages,
 )
 from energy import token_energy
-from envs import Step, read_call, tool_schema, write_turn
-from rollout import rollout
+from envs import write_turn
 from segment import Segment, segment_batch
 from studies import figures
 from studies.data import RUN, all_runs, diagnoses, runs_of
 from studies.runs import experiments_table
 from studies.tables import all_tables, effective_share, weights_table
 from support.logs import COLUMNS
-from worlds import ENVIRONMENTS, make_env
+from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -109,23 +108,27 @@ def test_the_loop_runs_on_three_copied_files_alone(which, request, built_in, tmp
         assert int(action) == 0
 
 
-def test_the_environment_of_the_readme_plays_and_is_found_by_name(tiny, monkeypatch):
-    monkeypatch.setattr("worlds.ENVIRONMENTS", dict(ENVIRONMENTS))
-    scope = {
-        "tool_schema": tool_schema,
-        "read_call": read_call,
-        "Step": Step,
-        "ENVIRONMENTS": sys.modules["worlds"].ENVIRONMENTS,
-    }
-    exec(GUESS, scope)
-    env = make_env("guess")
+def test_the_world_of_the_readme_plays_and_is_trained_in_by_its_command(tiny_folder, tmp_path):
+    """In a folder of the user's own, where the world's file and then the run lie."""
+    (tmp_path / "guess.py").write_text(GUESS)
+    env = make_env(f"{tmp_path}/guess.py:Guess")
     for colour, reward in (("red", 1.0), ("blue", 0.0)):
         env.reset(2)
         step = env.step(write_turn("Hm.", "say", {"colour": colour}))
         assert (step.reward, step.success, step.done) == (reward, reward == 1, True)
     assert env.step("nonsense").reward == -0.1
-    rollouts = rollout(tiny, lambda: make_env("guess"), [1, 1, 2, 2], max_turn_tokens=8)
-    assert rollouts.turns.tolist() == [1] * 4 and (rollouts.rewards <= 0).all()
+    (words,) = re.findall(r"^python (train_actfocus.py --env guess.py:Guess .*?) +#", README, re.M)
+    words = words.replace("FOLDER", str(tiny_folder)) + (
+        " --iterations 1 --prompts 1 --group-size 2 --minibatch 2 --eval-episodes 2 "
+        "--max-turn-tokens 8 --device cpu"
+    )
+    command = [sys.executable, *f"{ROOT}/{words}".split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-Guess-seed0-\d+", folder.name)
+    for name in ("grpo.csv", "actfocus.csv", "curves.png", "episodes.html"):
+        assert (folder / name).exists(), name
 
 
 # ------------------------------------------------------------------------------ its words and links
