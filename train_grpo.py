@@ -19,7 +19,7 @@ The stages, with the numbers that the README and walkthrough.py use as well:
 An *arm* is one way of crediting tokens (GRPO, ActFocus, a control); arms.py lists them all. The
 loop reaches the functions of actfocus.py through others: `arm.weights` calls `actfocus_weights`,
 `fused_policy_loss` is `clipped_loss` in chunks, and `rollout` labels tokens with segment.py. Left
-out, to keep the loop readable: several devices, an inference engine, asynchronous rollouts, LoRA.
+out, to keep the loop readable: several devices, an inference engine, asynchronous rollouts.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ from support import logs, memory, transcripts
 from support.checkpoint import Checkpoints, sync
 from support.config import MAY_CHANGE_ON_RESUME, Config, parse
 from support.folder import RunFolderError, hold, writing
+from support.lora import load_with_adapters
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
-Weights = dict[str, Tensor]  # of a model, by name
+Weights = dict[str, Tensor]  # by name
 # How far the log-probs of playing and training may lie apart, in nats: the 99th percentile. What
 # rounding makes was measured on SmolLM2-135M: 0.00002 in float32, and 0.08 in bfloat16.
 SAMPLING_GAP = 0.05
@@ -80,13 +81,13 @@ def train(
 ) -> None:
     """Train one arm from the weights `start`, in place, and log to <config.out>/<name>.csv."""
     out = Path(config.out)
-    policy.model.load_state_dict(start)  # 1
+    policy.load_state_dict(start)  # 1
     reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
     estimator = make_critic(policy, config) if arm.critic else GroupAdvantages(config.group_size)
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
     rng = random.Random(config.seed)  # draws prompts and shuffles mini-batches
     guard = Guard(name)
-    stateful = {"policy": policy.model, "optimizer": optimizer}
+    stateful = {"policy": policy, "optimizer": optimizer}
     if arm.critic:
         stateful["critic"] = estimator
     first = checkpoints.restore(name, stateful, rng)
@@ -377,16 +378,16 @@ def score(policy: Policy, rollouts: Rollouts, wanted: Tensor, config: Config) ->
 def other_weights(policy: Policy, weights: Weights) -> Iterator[Policy]:
     """The policy with other weights for a while: without the memory of a second model."""
     trained = copy_of_weights(policy)
-    policy.model.load_state_dict(weights)
+    policy.load_state_dict(weights)
     try:
         yield policy
     finally:
-        policy.model.load_state_dict(trained)
+        policy.load_state_dict(trained)
 
 
 def copy_of_weights(policy: Policy) -> Weights:
     """On the CPU."""
-    return {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
+    return {name: value.cpu().clone() for name, value in policy.state_dict().items()}
 
 
 # --------------------------------------------------------------------------- a run of several arms
@@ -418,7 +419,8 @@ def run_arms(
     """`run` with a policy that is loaded, in a folder that no other process writes to."""
     out = Path(config.out)
     start = copy_of_weights(policy)
-    checkpoints, to_train = open_run(config, list(arms), start, first_prompt(policy, config))
+    everything = policy.model.state_dict()  # frozen weights, too
+    checkpoints, to_train = open_run(config, list(arms), everything, first_prompt(policy, config))
     if show is not None and not config.resume:
         show(policy, config, arms)
     print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
@@ -447,7 +449,10 @@ def load(config: Config, arms: dict[str, Arm]) -> Policy:
     try:
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
         memory.print_estimate(folder, config, arms.values())
-        policy = load_policy(folder, config.device, config.bfloat16)
+        if config.lora:
+            policy = load_with_adapters(folder, config)
+        else:
+            policy = load_policy(folder, config.device, config.bfloat16)
         check_length(policy.model.config, config.max_tokens)
         if config.gradient_checkpointing:
             policy.recompute()
@@ -469,13 +474,13 @@ def first_prompt(policy: Policy, config: Config) -> list[int]:
 
 
 def open_run(
-    config: Config, names: list[str], start: Weights, prompt: list[int]
+    config: Config, names: list[str], weights: Weights, prompt: list[int]
 ) -> tuple[Checkpoints, list[str]]:
     """The checkpoints of a new run, or of one to go on with, and the arms that are still to train.
     A first checkpoint finds out whether the folder can be written."""
     out = Path(config.out)
     checkpoints = Checkpoints(
-        out, config.checkpoint_every, origin_of(config, start, prompt), logs.appended_files
+        out, config.checkpoint_every, origin_of(config, weights, prompt), logs.appended_files
     )
     try:
         if config.resume:
@@ -492,7 +497,7 @@ def open_run(
     return checkpoints, names
 
 
-def origin_of(config: Config, start: Weights, prompt: list[int]) -> dict:
+def origin_of(config: Config, weights: Weights, prompt: list[int]) -> dict:
     """What must be the same for a run to be resumed: settings, threads, weights and a prompt."""
     origin = asdict(config)
     for name in ("out", "resume", *MAY_CHANGE_ON_RESUME):
@@ -500,9 +505,9 @@ def origin_of(config: Config, start: Weights, prompt: list[int]) -> dict:
     # Another number of threads adds in another order, and so rounds otherwise.
     origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0
     digest = hashlib.sha256()
-    for name, value in start.items():  # one by one: all at once would take the model's size again
+    for name, value in weights.items():  # one by one: all at once would take the model's size again
         digest.update(name.encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     origin["weights"] = digest.hexdigest()
     origin["prompt"] = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
     return origin
