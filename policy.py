@@ -151,16 +151,31 @@ class Policy:
                 parameter.data = parameter.data.to(torch.bfloat16)
         return frozen
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights that training changes, by name: all of them here."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
+        """Put weights of `state_dict` in the place of the present ones."""
+        self.model.load_state_dict(weights)
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint that `load_policy(folder)` and any Hugging Face tool can load."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
-def load_policy(model: str | Path, device: str = "cpu", bfloat16: bool = False) -> Policy:
+def load_policy(
+    model: str | Path,
+    device: str = "cpu",
+    bfloat16: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Policy:
     """The policy of a checkpoint: a folder or a hub id of a causal LM with a chat template.
 
-    The weights come from safetensors only, as float32, and no code of a checkpoint is ever run.
+    dtype: of the weights. Those that are trained must be float32, since bfloat16 would round small
+    steps away; the frozen ones of LoRA may be bfloat16. The weights come from safetensors only, and
+    no code of a checkpoint is ever run.
     Raises ValueError or OSError, with the reason, for a checkpoint that cannot be used, or that
     would not be trained as the model that it is (model_checks.py).
     """
@@ -170,7 +185,7 @@ def load_policy(model: str | Path, device: str = "cpu", bfloat16: bool = False) 
     try:
         network, loading = transformers.AutoModelForCausalLM.from_pretrained(
             model,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # check_weights names and refuses them

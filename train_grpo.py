@@ -19,7 +19,7 @@ The stages, with the numbers that the README and walkthrough.py use as well:
 An *arm* is one way of crediting tokens (GRPO, ActFocus, a control); arms.py lists them all. The
 loop reaches the functions of actfocus.py through others: `arm.weights` calls `actfocus_weights`,
 `fused_policy_loss` is `clipped_loss` in chunks, and `rollout` labels tokens with segment.py. Left
-out, to keep the loop readable: several devices, an inference engine, asynchronous rollouts, LoRA.
+out, to keep the loop readable: several devices, an inference engine, asynchronous rollouts.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ from support import logs, memory, transcripts
 from support.checkpoint import Checkpoints, has_checkpoint, how_to_resume, sync
 from support.config import MAY_CHANGE_ON_RESUME, Config, parse
 from support.folder import RunFolderError, hold, writing
+from support.lora import load_with_adapters
 from support.processes import Interruption, usable_cores
 from support.side_by_side import train_side_by_side
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
-Weights = dict[str, Tensor]  # of a model, by name
+Weights = dict[str, Tensor]  # by name
 # How far the log-probs of playing and training may lie apart, in nats: the 99th percentile. What
 # rounding makes was measured on SmolLM2-135M: 0.00002 in float32, and 0.08 in bfloat16.
 SAMPLING_GAP = 0.05
@@ -89,13 +90,13 @@ def train(
     checkpoints: of this arm; where they have loaded a state, training goes on from there.
     """
     out = Path(config.out)
-    policy.model.load_state_dict(start)  # 1
+    policy.load_state_dict(start)  # 1
     reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
     estimator = make_critic(policy, config) if arm.critic else GroupAdvantages(config.group_size)
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
     rng = random.Random(config.seed)  # draws prompts and shuffles mini-batches
     guard = Guard(name)
-    stateful = {"policy": policy.model, "optimizer": optimizer}
+    stateful = {"policy": policy, "optimizer": optimizer}
     if arm.critic:
         stateful["critic"] = estimator
     first = checkpoints.restore(stateful, rng)
@@ -386,16 +387,16 @@ def score(policy: Policy, rollouts: Rollouts, wanted: Tensor, config: Config) ->
 def other_weights(policy: Policy, weights: Weights) -> Iterator[Policy]:
     """The policy with other weights for a while: without the memory of a second model."""
     trained = copy_of_weights(policy)
-    policy.model.load_state_dict(weights)
+    policy.load_state_dict(weights)
     try:
         yield policy
     finally:
-        policy.model.load_state_dict(trained)
+        policy.load_state_dict(trained)
 
 
 def copy_of_weights(policy: Policy) -> Weights:
     """On the CPU."""
-    return {name: value.cpu().clone() for name, value in policy.model.state_dict().items()}
+    return {name: value.cpu().clone() for name, value in policy.state_dict().items()}
 
 
 # --------------------------------------------------------------------------- a run of several arms
@@ -432,7 +433,7 @@ def run(
         start = copy_of_weights(policy)
         may_wait = config.checkpoint_every > 0  # else an iteration is not worth waiting for
         with hold(out), Interruption(may_wait) as interruption:
-            origin = origin_of(config, start, prompt)
+            origin = origin_of(config, policy.model.state_dict(), prompt)
             to_train = open_run(config, list(arms), origin, interruption)
             if show is not None and not config.resume:
                 show(policy, config, arms)
@@ -455,7 +456,10 @@ def load(config: Config, arms: dict[str, Arm]) -> Policy:
     try:
         folder = config.model or start_folder(config.env, thoughts=config.thoughts)
         memory.print_estimate(folder, config, arms.values())
-        policy = load_policy(folder, config.device, config.bfloat16)
+        if config.lora:
+            policy = load_with_adapters(folder, config)
+        else:
+            policy = load_policy(folder, config.device, config.bfloat16)
         check_length(policy.model.config, config.max_tokens)
         if config.gradient_checkpointing:
             policy.recompute()
@@ -598,7 +602,7 @@ def drawn_at_the_end(config: Config) -> Iterator[None]:
             transcripts.write_episodes_page(out)
 
 
-def origin_of(config: Config, start: Weights, prompt: list[int]) -> dict:
+def origin_of(config: Config, weights: Weights, prompt: list[int]) -> dict:
     """What must be the same for a run to be resumed: settings, threads, weights and a prompt."""
     origin = asdict(config)
     for name in ("out", "resume", *MAY_CHANGE_ON_RESUME):
@@ -606,9 +610,9 @@ def origin_of(config: Config, start: Weights, prompt: list[int]) -> dict:
     # Another number of threads adds in another order, and so rounds otherwise.
     origin["OMP_NUM_THREADS"] = torch.get_num_threads() if config.device == "cpu" else 0
     digest = hashlib.sha256()
-    for name, value in start.items():  # one by one: all at once would take the model's size again
+    for name, value in weights.items():  # one by one: all at once would take the model's size again
         digest.update(name.encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     origin["weights"] = digest.hexdigest()
     origin["prompt"] = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
     return origin

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import get_args, get_type_hints
@@ -35,6 +36,8 @@ MAY_CHANGE_ON_RESUME = ("micro_tokens", "play_batch", "gradient_checkpointing")
 # --alpha, --beta and --signal are for the arms of ActFocus as a whole. The name of any other arm
 # says what it weighs ("discount alone"), and would be untrue of an arm that a flag has changed.
 ADJUSTABLE = ("actfocus", "ppo-actfocus")
+# How many times the learning rate of all weights that of adapters is.
+LORA_RATE = 10
 
 
 # ------------------------------------------------------------------------ fields that become flags
@@ -105,7 +108,10 @@ def parse(config_class: type, description: str, argv: list[str] | None = None):
     if getattr(args, "preset", None) == "paper":
         names = getattr(args, "arms", "grpo").split(",")
         critic = any(ARMS[name].critic for name in names if name in ARMS)
-        parser.set_defaults(**paper_settings(args.env, critic))
+        settings = paper_settings(args.env, critic)
+        if args.lora:
+            del settings["lr"]  # it is for all weights
+        parser.set_defaults(**settings)
         args = parser.parse_args(argv)  # what stands on the command line comes before the preset
     try:
         if getattr(args, "resume", None):
@@ -287,10 +293,20 @@ class Config:
         "Compute the activations again in the backward pass instead of keeping them. That takes "
         "less memory and more time.",
     )
+    lora: int | None = flag(
+        None,
+        "Train adapters of this rank (LoRA, 16 is usual) beside some layers, and leave the model's "
+        "own weights as they are. That takes far less memory. It needs peft: pip install peft.",
+    )
+    lora_alpha: float | None = flag(
+        None,
+        "What the adapters add is multiplied by this number and divided by their rank. Without "
+        "this flag it is 32.",
+    )
     lr: float | None = flag(
         None,
         "The learning rate. Without this flag it is 3e-4 for a built-in model (1e-4 in the shop) "
-        "and 1e-6 with --model.",
+        "and 1e-6 with --model; with --lora, ten times as much.",
     )
     temperature: float = flag(1.0, "The temperature at which training rollouts are sampled.")
     clip_low: float = flag(
@@ -345,9 +361,9 @@ class Config:
     )
     resume: str | None = flag(
         None,
-        "The folder of an interrupted run to resume, or of one of its arms. Its settings apply; of "
-        "the other flags only --micro-tokens, --play-batch and --gradient-checkpointing may differ. "
-        "In a world of yours --env is needed as well, since its code is run.",
+        "The folder of an interrupted run to resume, or of one of its arms. Its settings apply; "
+        "of the other flags only --micro-tokens, --play-batch and --gradient-checkpointing may "
+        "differ. In a world of yours --env is needed as well, since its code is run.",
     )
     with_critic = False  # no field: a class of settings whose trainer has a critic says True
 
@@ -359,6 +375,8 @@ class Config:
         check_range(self, 1, math.inf, "eval_group_size")
         check_range(self, 0, math.inf, "clip_high", "entropy_coef", "kl_coef", "checkpoint_every")
         check_range(self, 0, 1, "clip_low")
+        check_range(self, 1, math.inf, "lora")
+        check_range(self, 1e-6, math.inf, "lora_alpha")
         check_range(self, 0, 10, "lr")
         check_range(self, 0, 30, "thoughts")
         check_range(self, 0, 10**9, "seed")
@@ -369,6 +387,14 @@ class Config:
         make_env(self.env)  # raises ValueError for a world that there is not
         if is_imported(self.env) and not self.model:
             raise ValueError(f"{self.env} has no built-in model: give one with --model")
+        if self.lora and not find_spec("peft"):
+            raise ValueError(
+                f"--lora is {self.lora}: it needs peft, which is not installed; pip install peft"
+            )
+        if self.lora_alpha is not None and not self.lora:
+            raise ValueError(
+                f"--lora-alpha is {self.lora_alpha}: it is for adapters, so give --lora with it"
+            )
         if self.preset not in (None, "paper"):
             raise ValueError(f"--preset is {self.preset}: there is only paper")
         if self.group_size == 1 and not self.with_critic:
@@ -411,6 +437,10 @@ class Config:
             # a built-in model learns fast; 3e-4 was not steady in the shop
             built_in = 1e-4 if self.env == "shop" else 3e-4
             self.lr = 1e-6 if self.model else built_in
+            if self.lora:
+                self.lr = round(LORA_RATE * self.lr, 6)  # 0.003, and not 0.0029999999999999996
+        if self.lora and self.lora_alpha is None:
+            self.lora_alpha = 32.0
         self.eval_episodes = self.evaluation_episodes()
         if self.thoughts is not None and self.thoughts == self.usual_thoughts():
             self.thoughts = None  # the same built-in model as without the flag
@@ -467,6 +497,11 @@ class ActFocusConfig(Config):
             if ARMS[name].critic and not self.with_critic:
                 raise ValueError(
                     f"--arms is {self.arms}: {name} has a critic, so train it with train_ppo.py"
+                )
+            if self.lora and ARMS[name].critic:
+                raise ValueError(
+                    f"--lora is {self.lora}: the arm {name} has a critic, which is a second model "
+                    "that is trained as a whole; leave the arm or --lora out"
                 )
             if self.group_size == 1 and not ARMS[name].critic:
                 raise ValueError(

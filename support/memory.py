@@ -25,6 +25,7 @@ from arms import Arm
 from energy import CHUNK_ELEMENTS
 from support.config import ActFocusConfig, Config, parse
 from support.logs import LARGE
+from support.lora import add_adapters
 from support.warm_start import start_folder
 
 Estimate = dict[str, dict[str, float]]  # bytes, by moment and by what takes them
@@ -90,6 +91,7 @@ def estimate_run(model: str | Path, config: Config, arms: list[Arm]) -> Estimate
         bfloat16=config.bfloat16,
         reference=any(arm.beta for arm in arms) or config.kl_coef > 0,
         critic=any(arm.critic for arm in arms),
+        lora=config.lora,
         recompute=config.gradient_checkpointing,
         micro_tokens=config.micro_tokens,
         rollouts=min(config.play_batch, at_once),
@@ -100,51 +102,64 @@ def estimate_run(model: str | Path, config: Config, arms: list[Arm]) -> Estimate
 def estimate(
     shape: transformers.PretrainedConfig, device: str, *,
     bfloat16: bool, reference: bool, critic: bool, recompute: bool,
-    micro_tokens: int, rollouts: int, max_tokens: int,
+    micro_tokens: int, rollouts: int, max_tokens: int, lora: int | None = None,
 ) -> Estimate:  # fmt: skip
     """The bytes that each part of a run takes while it updates and while it plays.
 
     shape: the config of the model. bfloat16: does it compute in bfloat16? (On CUDA it always does.)
     reference, critic: is there one? recompute: is gradient checkpointing on? rollouts: how many are
     played at once. max_tokens: how long each of them may become; the cache is estimated for
-    rollouts that all become that long.
+    rollouts that all become that long. lora: the rank of adapters, if only they are trained.
     """
     on_cpu = torch.device(device).type == "cpu"
     bfloat16 = bfloat16 or torch.device(device).type == "cuda"
     size = 2 if bfloat16 else 4  # bytes of a number in the computation
     network = empty_model(shape)
+    if lora:
+        add_adapters(network, lora)
     parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    frozen = parameters - trained
     vocabulary, width = network.get_output_embeddings().weight.shape
     layers, heads = shape.num_hidden_layers, shape.num_attention_heads
     head_width = getattr(shape, "head_dim", None) or width // heads
     heads = getattr(shape, "num_key_value_heads", None) or heads
     initial_weights = 4 * sum(tensor.numel() for tensor in network.state_dict().values())
+    if lora:
+        reference = False  # it is the policy with its adapters off
+        initial_weights = 4 * trained
     always = {
-        "weights": 4 * parameters,
-        "Adam": 8 * parameters,
+        "weights": 4 * trained + size * frozen,
+        "Adam": 8 * trained,
         "reference": size * parameters if reference else 0,
         "critic": 16 * parameters if critic else 0,  # weights, gradients, Adam
         # each arm begins from them; they are kept in the memory of the machine, not of a GPU
         "initial weights": initial_weights if on_cpu else 0,
-        "bfloat16 copy": 2 * parameters if bfloat16 else 0,
+        "bfloat16 copy": 2 * trained if bfloat16 else 0,
     }
-    layer = saved_by_layer(shape, bfloat16)
+    layer = saved_by_layer(shape, bfloat16, lora)
     kept_by_token = layers * layer
     if recompute:  # the input of every layer is kept, and all of the one that is recomputed
-        kept_by_token = 4 * layers * width + layer
+        kept_by_token = (size if lora else 4) * layers * width + layer
     kept_by_token += layer  # the gradients that pass through one layer
     compared = 2 if parameters <= LARGE else 0  # copies of gradients, for `gradient_agreement`
-    head = vocabulary * width * (2.5 if bfloat16 and on_cpu else 1)  # with its rounded copies
+    head = 4 * vocabulary * width
+    if lora:
+        head_while_updating = head if bfloat16 and on_cpu else 0  # as float32, for a product
+        head_while_playing = head if bfloat16 else 0
+    else:
+        head_while_updating = head * (2.5 if bfloat16 and on_cpu else 1)  # gradient, rounded copies
+        head_while_playing = 0
     chunk = min(CHUNK_ELEMENTS * (2 if on_cpu else 8), micro_tokens * vocabulary)
     updating = {
-        "gradients": 4 * (1 + compared) * parameters,
+        "gradients": 4 * (1 + compared) * trained,
         # a micro-batch holds at least one whole rollout
         "activations": kept_by_token * max(micro_tokens, max_tokens),
-        "loss": 4 * (2 * chunk + head),  # logits, and a gradient of the head
+        "loss": 8 * chunk + head_while_updating,  # logits, and what the head takes
     }
     playing = {
         "key-value cache": 2 * layers * heads * head_width * size * rollouts * max_tokens,
-        "logits": 16 * rollouts * vocabulary,
+        "logits": 16 * rollouts * vocabulary + head_while_playing,
     }
     return {"updating": always | updating, "playing": always | playing}
 
@@ -155,12 +170,17 @@ def empty_model(shape: transformers.PretrainedConfig) -> transformers.PreTrained
         return transformers.AutoModelForCausalLM.from_config(shape)
 
 
-def saved_by_layer(shape: transformers.PretrainedConfig, bfloat16: bool) -> float:
+def saved_by_layer(
+    shape: transformers.PretrainedConfig, bfloat16: bool, lora: int | None = None
+) -> float:
     """The bytes that one layer keeps of each token for its backward pass, as measured."""
-    return saved_by_token(shape, 2, bfloat16) - saved_by_token(shape, 1, bfloat16)
+    # The second layer: its input has a gradient, also where only adapters are trained.
+    return saved_by_token(shape, 2, bfloat16, lora) - saved_by_token(shape, 1, bfloat16, lora)
 
 
-def saved_by_token(shape: transformers.PretrainedConfig, layers: int, bfloat16: bool) -> float:
+def saved_by_token(
+    shape: transformers.PretrainedConfig, layers: int, bfloat16: bool, lora: int | None = None
+) -> float:
     """The bytes that a trunk of so many layers keeps of each token for its backward pass.
 
     Its vocabulary is made tiny, so that only the layers count.
@@ -170,6 +190,11 @@ def saved_by_token(shape: transformers.PretrainedConfig, layers: int, bfloat16: 
     if kinds := getattr(shape, "layer_types", None):
         shape.layer_types = kinds[:layers]
     trunk = empty_model(shape).base_model.to_empty(device="cpu").train()
+    if lora:
+        add_adapters(trunk, lora)
+    for parameter in trunk.parameters():
+        if bfloat16 and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
     weights = {p.untyped_storage()._cdata for p in trunk.parameters()}  # no activations
 
     def saved_bytes(tokens: int) -> int:

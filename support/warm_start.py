@@ -42,7 +42,7 @@ from energy import token_stats
 from fused_loss import fused_policy_loss
 from model_checks import check_length
 from policy import Policy, load_policy
-from rollout import check_prompt_fits, rollout
+from rollout import check_prompt_length, rollout
 from worlds import ENVIRONMENTS, make_env
 from worlds.imported import is_imported
 
@@ -407,7 +407,8 @@ def check_lengths(
     """Raises ValueError if the model cannot carry max_tokens tokens, or if they are too few for a
     prompt or for something that is to be imitated."""
     check_length(policy.model.config, max_tokens)
-    check_prompt_fits(policy, env, max_tokens, seed=EVAL_SEEDS)
+    prompt = policy.prompt(env.system, env.tools, env.reset(EVAL_SEEDS))
+    check_prompt_length(prompt, EVAL_SEEDS, max_tokens)
     windows, whole_episodes = imitation_targets(policy, env, episodes, settings.window)
     imitated = windows + whole_episodes if settings.episode_steps else windows
     longest = max(len(ids) for ids, _ in imitated)

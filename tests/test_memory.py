@@ -33,8 +33,9 @@ config = ActFocusConfig(
     env="frozenlake",
     model=model, out=out, iterations=1, prompts=1, group_size=4, minibatch=4, eval_episodes=1,
     micro_tokens=2400, max_tokens=600, checkpoint_every=0, device="cpu",
-    gradient_checkpointing="recompute" in more,
+    gradient_checkpointing="recompute" in more, lora=16 if "lora" in more else None,
 )
+config.validate()
 said = []
 memory.describe = lambda needed, there: said.append(needed)
 page = resource.getpagesize()
@@ -64,8 +65,10 @@ def larger(start, tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a run took is read from /proc")
-@pytest.mark.parametrize("more", [[], ["recompute"]])
+@pytest.mark.parametrize("more", [[], ["recompute"], ["lora"]])
 def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
+    if "lora" in more:
+        pytest.importorskip("peft")
     command = [sys.executable, "-c", RUN, str(larger), str(tmp_path / "run"), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -137,26 +140,38 @@ def test_a_diagnosis_out_of_memory_names_its_own_flags(monkeypatch):
         diagnose.diagnose(diagnose.DiagnoseConfig(device="cpu"))
 
 
-QWEN25 = {  # hidden, intermediate, layers, heads
-    "0.5B": (896, 4864, 24, 14),
-    "1.5B": (1536, 8960, 28, 12),
-    "3B": (2048, 11008, 36, 16),
+QWEN25 = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, is the head tied
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151_936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152_064, False),
 }
 
 
+def gigabytes_of_qwen(size, rollouts, lora=None):
+    """What a run at the paper's settings takes on a GPU, with gradient checkpointing."""
+    hidden, intermediate, layers, heads, key_value_heads, vocabulary, tied = QWEN25[size]
+    shape = transformers.Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_value_heads,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    parts = memory.estimate(
+        shape, "cuda", bfloat16=True, reference=True, critic=False, recompute=True,
+        micro_tokens=8192, rollouts=rollouts, max_tokens=3600, lora=lora,
+    )  # fmt: skip
+    return max(sum(by_part.values()) for by_part in parts.values()) / 1e9
+
+
 def test_what_the_readme_says_of_qwen():
-    """At the paper's settings, with gradient checkpointing, 128 rollouts at once."""
-    most = []
-    for hidden, intermediate, layers, heads in QWEN25.values():
-        shape = transformers.Qwen2Config(
-            vocab_size=151_936, hidden_size=hidden, intermediate_size=intermediate,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )  # fmt: skip
-        parts = memory.estimate(
-            shape, "cuda", bfloat16=True, reference=True, critic=False, recompute=True,
-            micro_tokens=8192, rollouts=128, max_tokens=3600,
-        )  # fmt: skip
-        most.append(max(sum(by_part.values()) for by_part in parts.values()) / 1e9)
-    said = "0.5B, 1.5B and 3B take {:.0f}, {:.0f} and {:.0f} GB".format(*most)
-    assert said in " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    most = [gigabytes_of_qwen(size, rollouts=128) for size in ("0.5B", "1.5B", "3B")]
+    assert "0.5B, 1.5B and 3B take {:.0f}, {:.0f} and {:.0f} GB".format(*most) in readme
+
+
+def test_what_the_readme_says_of_qwen_with_adapters():
+    pytest.importorskip("peft")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    most = [gigabytes_of_qwen(size, rollouts=64, lora=16) for size in QWEN25]
+    said = "0.5B, 1.5B, 3B and 7B take {:.0f}, {:.0f}, {:.0f} and {:.0f} GB".format(*most)
+    assert said in readme
