@@ -108,13 +108,13 @@ class Settings(Protocol):
 # tokens of a class, and for each signal what beta adds. So one gradient per component and block
 # gives that of every weighting.
 def weight_components(
-    rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor
+    rollouts: Rollouts, frozen: TokenStats, player: TokenStats
 ) -> dict[str, Tensor]:
     """The components of all weightings, (B, T) float32 each.
 
     By name: a class has 1 at its tokens; a signal has at action tokens the sigmoid that beta
-    multiplies; the placebo has its weights. frozen: of the reference; old_logprob: (B, T), of the
-    policy that played. The mean and deviation of a signal are of these rollouts, a block; in
+    multiplies; the placebo has its weights. frozen, player: (B, T) each, of the reference and of
+    the policy that played. The mean and deviation of a signal are of these rollouts, a block; in
     training they are of a whole iteration.
     """
     response, reasoning, action = rollouts.response, rollouts.reasoning, rollouts.action
@@ -123,7 +123,7 @@ def weight_components(
         "action": action.float(),
         "format": (response & ~reasoning & ~action).float(),
     }
-    signals = token_signals(frozen, old_logprob)
+    signals = token_signals(frozen, player.logprob)
     for name in SIGNALS:
         if name == "shift" and not signals[name].any():
             continue  # the reference itself played, and has not shifted from itself
@@ -180,20 +180,19 @@ def measure_blocks(
     policy: Policy,
     rollouts: Rollouts,
     frozen: TokenStats,
-    old_logprob: Tensor,
+    player: TokenStats,
     config: Settings,
     most: int,
 ) -> list[Block]:
     """Split rollouts into blocks of PROMPTS_PER_BLOCK whole groups, and measure at most so many;
-    what is left over is not measured. frozen, old_logprob: (B, T), as in `measure_block`."""
+    what is left over is not measured. frozen, player: (B, T) each, as in `measure_block`."""
     size = block_size(config)
     number = min(most, len(rollouts.ids) // size)
     blocks = []
     for i in tqdm(range(number), desc="gradients", unit="block", leave=False):
         indices = torch.arange(i * size, (i + 1) * size, device=policy.device)
-        stats = TokenStats(*(values[indices] for values in frozen))
-        block = measure_block(policy, rollouts.take(indices), stats, old_logprob[indices], config)
-        blocks.append(block)
+        of_block = [TokenStats(*(values[indices] for values in each)) for each in (frozen, player)]
+        blocks.append(measure_block(policy, rollouts.take(indices), *of_block, config))
     return blocks
 
 
@@ -201,12 +200,12 @@ def measure_block(
     policy: Policy,
     rollouts: Rollouts,
     frozen: TokenStats,
-    old_logprob: Tensor,
+    player: TokenStats,
     config: Settings,
 ) -> Block:
-    """The gradient of each component and of each of NULLS. frozen: of the reference; old_logprob:
-    of the policy that played, (B, T) each."""
-    components = weight_components(rollouts, frozen, old_logprob)
+    """The gradient of each component and of each of NULLS. frozen, player: (B, T) each, of the
+    reference and of the policy that played."""
+    components = weight_components(rollouts, frozen, player)
     advantages = group_advantages(rollouts.rewards, config.group_size)  # (B,)
     advantage_of = dict.fromkeys(components, advantages)
     for name in NULLS:
