@@ -9,15 +9,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import worlds
-from actfocus import actfocus_weights
-from arms import blame_silence, scatter_weights, turn_numbers
 from energy import TokenStats
 from policy import load_policy
 from rollout import Rollouts, score_all
@@ -108,33 +105,6 @@ def test_the_decision_is_the_most_uncertain_action_token_of_each_turn():
     assert (
         chosen["action"].sum() == 6 and chosen["reasoning"].sum() == 3 and chosen["all"].sum() == 15
     )
-
-
-def test_turns_are_counted_and_those_without_a_call_found():
-    labels = torch.tensor([[O, R, F, O, O, R, A, F, O, F], [O, O, A, A, O, R, R, O, O, O]])
-    response, action, reasoning = labels != O, labels == A, labels == R
-    assert turn_numbers(response).tolist() == [
-        [0, 1, 1, 1, 1, 2, 2, 2, 2, 3],
-        [0, 0, 1, 1, 1, 2, 2, 2, 2, 2],
-    ]
-    energy = torch.arange(20, dtype=torch.float32).reshape(2, 10)
-    weights = actfocus_weights(energy, reasoning, action, response, alpha=0.1, beta=0.0)
-    rollouts = SimpleNamespace(response=response, action=action)
-    weights = blame_silence(weights, rollouts, seed=0)
-    assert weights[0].tolist() == pytest.approx([0, 1, 1, 0, 0, 0.1, 1, 1, 0, 1])
-    assert weights[1].tolist() == pytest.approx([0, 0, 1, 1, 0, 1, 1, 0, 0, 0])
-
-
-def test_the_placebo_moves_the_weights_and_keeps_them():
-    """Random tokens in the place of action tokens: the same weights, drawn once a seed."""
-    rollouts, _ = two_rollouts()
-    response = rollouts.response
-    weights = torch.rand(response.shape, generator=torch.Generator().manual_seed(0)) * response
-    moved = scatter_weights(weights, rollouts, seed=3)
-    assert torch.equal(moved[response].sort().values, weights[response].sort().values)
-    assert not torch.equal(moved, weights) and (moved[~response] == 0).all()
-    assert torch.equal(moved, scatter_weights(weights, rollouts, seed=3))
-    assert not torch.equal(moved, scatter_weights(weights, rollouts, seed=4))
 
 
 def test_the_harder_worlds_are_diagnosed_and_take_the_options_of_their_own(monkeypatch):
