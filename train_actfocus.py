@@ -43,17 +43,21 @@ def show_one_turn(policy: Policy, config: ActFocusConfig, arms: dict[str, Arm]) 
     """Play one turn, and print what each of its tokens weighs in the loss of each arm.
 
     This happens before training, when the policy is still equal to the frozen reference, so that
-    the policy's own energies are those of the reference. Nothing of the training depends on it: the
-    policy stays as it is, and the sampling uses random numbers of its own.
+    the policy's own energies are those of the reference, and its entropies likewise. Nothing of the
+    training depends on it: the policy stays as it is, and the sampling uses random numbers of its
+    own.
     """
     rollouts = rollout(
         policy, lambda: OneTurn(make_env(config.env)), [TURN_SEED], config.temperature,
         sampling_seed=config.seed, max_turn_tokens=config.max_turn_tokens,
         max_tokens=config.max_tokens,
     )  # fmt: skip
-    action = rollouts.action  # (1, T) bool
-    frozen = score_all(policy, rollouts, action, config.temperature, config.micro_tokens)
-    weights = {name: arm.weights(rollouts, frozen, config.seed) for name, arm in arms.items()}
+    action, response = rollouts.action, rollouts.response  # (1, T) bool
+    frozen = score_all(policy, rollouts, response, config.temperature, config.micro_tokens)
+    weights = {
+        name: arm.weights(rollouts, frozen, config.seed, policy_entropy=frozen.entropy)
+        for name, arm in arms.items()
+    }
     energy = frozen.energy.masked_fill(~action, torch.nan)  # (1, T)
 
     print(

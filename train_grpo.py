@@ -115,14 +115,14 @@ def train(
         rollouts = rescored(rollouts, policy, config)  # 4b: in bfloat16 only
         advantages = estimator.advantages(rollouts)  # 5
         frozen = read(reference, rollouts, config)  # 6a
-        weights = arm.weights(rollouts, frozen, seed=config.seed + 1000 * iteration)  # 6b
+        weights = weigh(arm, rollouts, frozen, advantages, policy, config, iteration)  # 6b
         guard.iteration = iteration
         log |= update(
             policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard
         )  # 7
         log |= estimator.fit(rollouts)  # 7b: a critic learns; groups have nothing to learn
         log["seconds"] = time.perf_counter() - began
-        log |= measure(played, rollouts, advantages, weights, policy, config)
+        log |= measure(played, rollouts, advantages, weights, policy, start, config)
         logs.log_prompts(out / "prompts.csv", name, iteration, prompts, played)
         logs.log(out / f"{name}.csv", log)  # 8
         if iteration == 0 and not arm.uniform:
@@ -148,16 +148,28 @@ def train(
 def evaluate(
     policy: Policy, start: Weights, config: Config, name: str, arm: Arm, iteration: int
 ) -> dict[str, float]:
-    """2. Play the evaluation's episodes, the same ones every time. Returns columns of the log."""
-    out = Path(config.out)
-    prompts = range(EVAL_SEEDS, EVAL_SEEDS + config.eval_episodes // config.eval_group_size)
-    seeds = repeated(prompts, config.eval_group_size)
-    rollouts = play(policy, config, seeds, config.eval_temperature, sampling_seed=0)
-    logs.log_prompts(out / "evaluations.csv", name, iteration, prompts, rollouts)
+    """2. Play the evaluation's episodes, the same ones every time. Returns columns of the log.
+
+    After the last iteration it plays --final-eval-episodes, if they are given. The first of them
+    are those of every evaluation, and the columns eval_* are of these alone, so that a curve does
+    not end on other episodes than it began on; the columns final_* are of all of them.
+    """
+    out, group_size = Path(config.out), config.eval_group_size
+    final = iteration == config.iterations and config.final_eval_episodes is not None
+    episodes = config.final_eval_episodes if final else config.eval_episodes
+    prompts = range(EVAL_SEEDS, EVAL_SEEDS + episodes // group_size)
+    seeds = repeated(prompts, group_size)
+    everything = play(policy, config, seeds, config.eval_temperature, sampling_seed=0)
+    logs.log_prompts(out / "evaluations.csv", name, iteration, prompts, everything)
+    rollouts = everything.take(torch.arange(config.eval_episodes))
     if iteration in (0, config.iterations):
         keep_examples(policy, start, config, name, arm, iteration, rollouts)
-    stderr = logs.standard_error(rollouts.success, config.eval_group_size)
-    return logs.outcomes(rollouts, "eval") | {"eval_stderr": stderr}
+    columns = logs.outcomes(rollouts, "eval")
+    columns["eval_stderr"] = logs.standard_error(rollouts.success, group_size)
+    if final:
+        columns["final_success"] = everything.success.float().mean().item()
+        columns["final_stderr"] = logs.standard_error(everything.success, group_size)
+    return columns
 
 
 def keep_examples(
@@ -181,7 +193,8 @@ def keep_examples(
     with at_start as starting_policy:
         temperature, micro_tokens = config.eval_temperature, config.micro_tokens
         frozen = score_all(starting_policy, few, few.response, temperature, micro_tokens)
-    weights = arm.weights(few, frozen, seed=config.seed)
+    entropy = policy_entropy(policy, few, config) if arm.needs_policy_entropy else None
+    weights = arm.weights(few, frozen, config.seed, policy_entropy=entropy)
     transcripts.save_episodes(out, name, iteration, policy, few, frozen, weights)
 
 
@@ -238,6 +251,27 @@ def read(reference: Policy | None, rollouts: Rollouts, config: Config) -> TokenS
     return score(reference, rollouts, wanted, config)
 
 
+def weigh(
+    arm: Arm,
+    rollouts: Rollouts,
+    frozen: TokenStats | None,
+    advantages: Tensor,
+    policy: Policy,
+    config: Config,
+    iteration: int,
+) -> Tensor:
+    """6b. The weight of every token, (B, T). An arm that looks at the policy's entropy costs one
+    more forward pass; no other arm does."""
+    entropy = policy_entropy(policy, rollouts, config) if arm.needs_policy_entropy else None
+    seed = config.seed + 1000 * iteration
+    return arm.weights(rollouts, frozen, seed, policy_entropy=entropy, advantages=advantages)
+
+
+def policy_entropy(policy: Policy, rollouts: Rollouts, config: Config) -> Tensor:
+    """(B, T): the entropy of the policy at each sampled token, 0 at all others."""
+    return score(policy, rollouts, rollouts.response, config).entropy
+
+
 # ---------------------------------------------------------------------------- 7. mini-batch updates
 def update(
     policy: Policy,
@@ -254,8 +288,10 @@ def update(
 
     advantages, weights: (B, T); frozen: of the reference, read only for the KL penalty. A
     mini-batch is split into micro-batches that fit into memory; their gradients add up to that of
-    the whole, since each divides by the sums of the whole. Returns columns of the log.
+    the whole, since each divides by the sums of the whole. With --skip-equal nothing steps if no
+    token has an advantage. Returns columns of the log.
     """
+    may_step = not config.skip_equal or bool(advantages.any())
     settings = LossSettings(
         temperature=config.temperature,
         clip_low=config.clip_low,
@@ -280,14 +316,15 @@ def update(
                     settings, normalizer=normalizer, count=count, ref_logprob=ref_logprob,
                 )  # fmt: skip
             result.loss.backward()
-            meter.add_micro_batch(result, old_logprob, advantage, count)
+            labels = rollouts.labels[indices][mask]
+            meter.add_micro_batch(result, old_logprob, advantage, labels, count)
             if step == 0:  # the policy is still the one that played
                 meter.add_sampling_gaps(result.logprob - rollouts.sampled_logprob[indices][mask])
         if step == 0:
             check_sampling_gaps(meter.sampling_gaps(), policy.bfloat16)
         meter.add_gradient(policy.model)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-        if guard.allows(norm.item(), result.loss.item(), policy.model):
+        if guard.allows(norm.item(), result.loss.item(), policy.model) and may_step:
             optimizer.step()
         meter.add_step(norm.item())
         optimizer.zero_grad()
@@ -358,12 +395,37 @@ def measure(
     advantages: Tensor,
     weights: Tensor,
     policy: Policy,
+    start: Weights,
     config: Config,
 ) -> dict[str, float]:
-    """8. Columns of the log. played: all rollouts; rollouts: those that were trained on."""
+    """8. Columns of the log. played: all rollouts; rollouts: those that were trained on; start: the
+    weights that training began with."""
     columns = logs.outcomes(played, "train")
     columns["equal_groups"] = logs.equal_groups(played.rewards, config.group_size)
-    return columns | logs.batch_statistics(rollouts, weights, advantages, policy.end_of_turn)
+    columns |= logs.batch_statistics(rollouts, weights, advantages, policy.end_of_turn)
+    columns["distance"] = distance_from(start, policy.model)
+    return columns
+
+
+@torch.no_grad()
+def distance_from(start: Weights, model: torch.nn.Module) -> float:
+    """How far training has moved a model: |now - start| / |start|, the L2 norms over all weights
+    that are trained. Each tensor is brought to the CPU on its own, where the start is kept, so that
+    a GPU holds no second model.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(model.weight)
+    >>> distance_from({"weight": torch.tensor([[1.0, 3.0]])}, model)  # 2 / sqrt(10)
+    0.6324555320336759
+    """
+    moved = size = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            before = start[name].float()
+            now = parameter.cpu().float()
+            moved += torch.linalg.vector_norm(now - before, dtype=torch.float64).item() ** 2
+            size += torch.linalg.vector_norm(before, dtype=torch.float64).item() ** 2
+    return math.sqrt(moved / size)
 
 
 # ------------------------------------------------------------------------- playing and scoring

@@ -53,7 +53,7 @@ from policy import Policy, load_policy
 from rollout import Rollouts, repeated, rollout
 from support.config import Config
 from support.warm_start import start_folder
-from train_grpo import Guard, read, score, update
+from train_grpo import Guard, read, score, update, weigh
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
@@ -317,8 +317,8 @@ def learn(
     (B,). reference: may be None for an arm that does not ask it."""
     asked = arm.needs_reference or config.kl_coef
     frozen = read(reference if asked else None, rollouts, config)
-    weights = arm.weights(rollouts, frozen, seed=0)
-    advantages = advantages[:, None].expand(weights.shape)  # (B, T)
+    advantages = advantages[:, None].expand(rollouts.ids.shape)  # (B, T)
+    weights = weigh(arm, rollouts, frozen, advantages, policy, config, iteration=0)
     rng, guard = random.Random(0), Guard("bench")
     update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard)
 

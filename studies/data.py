@@ -78,7 +78,8 @@ class Run:
     def measures(self, threshold: float = 0.5) -> dict[str, float]:
         """What runs are compared by: MEASURES of the statistics over runs."""
         training = self.column("train_success")[1]
-        return measures_of(self.column("eval_success"), training, threshold)
+        final = self.column("final_success")[1]
+        return measures_of(self.column("eval_success"), training, threshold, final)
 
 
 @functools.cache

@@ -2,11 +2,18 @@
 
     python -m studies.diagnose --env sokoban         # the built-in model plays itself
     python -m studies.diagnose --env sokoban --checkpoint runs/mine/actfocus   # a trained one
+    python -m studies.diagnose --env sokoban --turns 1   # within one state, see below
 
 A group is the rollouts of one prompt. GRPO learns from a prompt only if its rollouts end
 differently, so the variance of a group's rewards is what there is to learn from it. The paper finds
 (Figures 1 and 2) that the reference's mean energy over a group's action tokens goes along with that
 variance, and that its mean energy over the reasoning tokens does not.
+
+Later turns of a group are in different states, and how many turns there are depends on how well the
+rollouts do. A mean over all turns therefore also tells how long a group's episodes are. With
+--turns 1 whole episodes are played, and the variance is that of their rewards, but signals are
+averaged over the first turn alone, in which all rollouts of a group are in the same state. Beside
+each correlation stand two partial ones: given the group's success, and given its number of turns.
 
 A diagnosis plays some groups, batch by batch, and leaves in its folder:
 
@@ -16,7 +23,8 @@ A diagnosis plays some groups, batch by batch, and leaves in its folder:
     groups.csv                  a row for each group: how it ended, and the means of four signals
                                 over four choices of its tokens
     correlations.csv            a row for each signal and choice of tokens: its rank correlation
-                                with the reward variance, a bootstrap interval, a permutation p
+                                with the reward variance, a bootstrap interval, a permutation p,
+                                and the two partial correlations
     bottleneck.png              the picture of these two tables
 """
 
@@ -111,6 +119,11 @@ class DiagnoseConfig:
         "measured.",
     )
     group_size: int = flag(16, "How many rollouts of each prompt are played.")
+    turns: int | None = flag(
+        None,
+        "How many of an episode's first turns the signals are averaged over. With 1, all rollouts "
+        "of a group are in the same state. Without this flag they are averaged over all turns.",
+    )
     temperature: float = flag(1.0, "The temperature at which rollouts are sampled.")
     alpha: float = flag(0.1, "The weight of a reasoning token in the pictures of tokens.")
     beta: float = flag(0.5, "How much more an uncertain action token weighs in these pictures.")
@@ -133,7 +146,7 @@ class DiagnoseConfig:
     def validate(self) -> None:
         """Raise ValueError for settings that cannot run, or would not do what was asked."""
         check_range(self, 1, math.inf, "play_batch", "micro_tokens", "max_turn_tokens")
-        check_range(self, 1, math.inf, "max_tokens")
+        check_range(self, 1, math.inf, "max_tokens", "turns")
         check_range(self, 0, math.inf, "warm_start_seed", "beta", "seed")
         check_range(self, 0, 1, "skill", "alpha")
         check_range(self, 0, 30, "thoughts")
@@ -158,7 +171,7 @@ class Batch(NamedTuple):
     prompts: range  # seeds, one for each group
     rollouts: Rollouts
     frozen: TokenStats  # (B, T) each, of the reference
-    player_logprob: Tensor  # (B, T), of the policy that played
+    player: TokenStats  # (B, T) each, of the policy that played
 
 
 def diagnose(config: DiagnoseConfig) -> None:
@@ -175,13 +188,13 @@ def diagnose(config: DiagnoseConfig) -> None:
             if len(blocks) < blocks_wanted:
                 missing = blocks_wanted - len(blocks)
                 blocks += measure_blocks(
-                    policy, batch.rollouts, batch.frozen, batch.player_logprob, config, missing
+                    policy, batch.rollouts, batch.frozen, batch.player, config, missing
                 )
                 if len(blocks) == blocks_wanted:
                     report_signal(out, blocks, config)
             if prompts == batches[0]:
                 draw_weights(out, policy, batch, config)
-            groups += measure_groups(batch, config.group_size)
+            groups += measure_groups(batch, config.group_size, config.turns)
             write_rows(out / "groups.csv", groups)  # an interrupted diagnosis keeps what it played
         report_groups(out, groups, config)
 
@@ -215,7 +228,7 @@ def play_and_score(
     player = frozen
     if policy is not reference:
         player = score(policy, rollouts, rollouts.response, config)
-    return Batch(prompts, rollouts, frozen, player.logprob)
+    return Batch(prompts, rollouts, frozen, player)
 
 
 def report_signal(out: Path, blocks: list[Block], config: DiagnoseConfig) -> None:
@@ -296,11 +309,20 @@ def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
     }
 
 
-def measure_groups(batch: Batch, group_size: int) -> list[dict[str, float]]:
+def measure_groups(
+    batch: Batch, group_size: int, turns: int | None = None
+) -> list[dict[str, float]]:
     """groups.csv: for each group the columns of `outcome`, and the mean of each signal over each
-    choice of its tokens (nan where it has none of them)."""
-    signals = token_signals(batch.frozen, batch.player_logprob)
+    choice of its tokens (nan where it has none of them).
+
+    turns: the signals are averaged over so many first turns of each episode; None: over all turns.
+    The outcome is always that of whole episodes.
+    """
+    signals = token_signals(batch.frozen, batch.player.logprob)
     choices = token_choices(batch.rollouts, batch.frozen)
+    if turns is not None:
+        early = turn_numbers(batch.rollouts.response) <= turns  # (B, T)
+        choices = {tokens: mask & early for tokens, mask in choices.items()}
     rows = []
     for i, seed in enumerate(batch.prompts):
         group = torch.arange(i * group_size, (i + 1) * group_size, device=choices["all"].device)
@@ -337,8 +359,9 @@ class RankTest(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """A signal of the groups against their reward variance (rho, low, high and p as in RankTest),
-    and against their success rate for comparison."""
+    """A signal of the groups against their reward variance: rho, low, high and p as in RankTest,
+    and the partial rank correlations given another column of the groups. For comparison, the signal
+    against their success rate."""
 
     signal: str
     tokens: str
@@ -348,6 +371,8 @@ class Correlation(NamedTuple):
     p: float
     groups: int  # that have such tokens
     rho_success: float
+    rho_given_success: float
+    rho_given_turns: float
 
 
 Results = dict[tuple[str, str], Correlation]  # by signal and tokens
@@ -397,6 +422,34 @@ def spearman_test(
     return RankTest(rho, float(low), float(high), float(p))
 
 
+def partial_spearman(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
+    """The rank correlation of a and b that is left once both are predicted from `given`: of what
+    remains of their ranks after a straight line through the ranks of `given`. nan if one of the
+    three is constant, or if a or b has the same order as `given`.
+
+    >>> given = np.array([1.0, 2.0, 3.0, 4.0])
+    >>> a = np.array([2.0, 1.0, 4.0, 3.0])  # rank correlation with given: 0.6
+    >>> b = np.array([1.0, 3.0, 2.0, 4.0])  # with given 0.8, with a 0
+    >>> round(partial_spearman(a, b, given), 3)  # (0 - 0.6 * 0.8) / (0.8 * 0.6)
+    -1.0
+    """
+    with_a, with_b = spearman(a, given), spearman(b, given)
+    unexplained = (1 - with_a**2) * (1 - with_b**2)
+    if not unexplained > 1e-12:
+        return float("nan")
+    return (spearman(a, b) - with_a * with_b) / math.sqrt(unexplained)
+
+
+def partial_interval(
+    a: np.ndarray, b: np.ndarray, given: np.ndarray, rng: np.random.Generator, resamples: int = 1000
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of `partial_spearman`, over triples."""
+    draws = rng.integers(len(a), size=(resamples, len(a)))
+    found = [partial_spearman(a[draw], b[draw], given[draw]) for draw in draws]
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def correlations(groups: list[dict[str, float]], rng: np.random.Generator) -> list[Correlation]:
     """Each signal over each choice of tokens against the reward variance. Last comes the success
     rate itself, with an empty choice of tokens."""
@@ -406,10 +459,16 @@ def correlations(groups: list[dict[str, float]], rng: np.random.Generator) -> li
     table = []
     for (signal, tokens), name in names.items():
         known = ~np.isnan(column[name])
-        values = column[name][known]
-        test = spearman_test(values, column["reward_variance"][known], rng)
-        rho_success = spearman(values, column["success"][known])
-        table.append(Correlation(signal, tokens, *test, int(known.sum()), rho_success))
+        values, variance, success, turns = (
+            column[each][known] for each in (name, "reward_variance", "success", "turns")
+        )
+        test = spearman_test(values, variance, rng)
+        others = (
+            spearman(values, success),
+            partial_spearman(values, variance, success),
+            partial_spearman(values, variance, turns),
+        )
+        table.append(Correlation(signal, tokens, *test, int(known.sum()), *others))
     return table
 
 
@@ -418,7 +477,8 @@ def summary(groups: list[dict[str, float]], table: list[Correlation]) -> str:
     success = np.mean([row["success"] for row in groups])
     actions = np.mean([row["action_fraction"] for row in groups])
     varied = np.mean([row["reward_variance"] > 0 for row in groups])
-    columns = f"{'rho':>7}{'95 % interval':>18}{'p':>9}{'rho with success':>18}"
+    columns = f"{'rho':>7}{'95 % interval':>18}{'p':>9}{'given success':>15}{'given turns':>13}"
+    columns += f"{'rho with success':>18}"
     lines = [
         f"{len(groups)} groups: success {success:.1%}, action tokens {actions:.1%} of those "
         f"generated, rewards differ in {varied:.1%} of the groups",
@@ -430,7 +490,9 @@ def summary(groups: list[dict[str, float]], table: list[Correlation]) -> str:
             line += f"{'constant: no correlation':>34}"
         else:
             interval = f"[{each.low:+.2f}, {each.high:+.2f}]"
-            line += f"{each.rho:>+7.2f}{interval:>18}{each.p:>9.4f}{each.rho_success:>+18.2f}"
+            line += f"{each.rho:>+7.2f}{interval:>18}{each.p:>9.4f}"
+            line += f"{each.rho_given_success:>+15.2f}{each.rho_given_turns:>+13.2f}"
+            line += f"{each.rho_success:>+18.2f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -451,6 +513,7 @@ def draw_bottleneck(
         f"{world_name(config.env)}: {len(groups)} groups of {config.group_size} rollouts by {who}, "
         f"temperature {config.temperature:g}, success {success:.0f} %; "
         f"{share:.0f} % of generated tokens are action tokens"
+        f"{f'; signals of the first {config.turns} turns' if config.turns else ''}"
     )
     draw_groups(above, groups, results)
     draw_correlations(below.subplots(), results)

@@ -61,7 +61,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from actfocus import actfocus_weights, group_advantages
-from arms import ARMS, SIGNALS, Arm, scatter_weights, token_signals
+from arms import ARMS, SIGNALS, Arm, Known, token_signals
 from energy import TokenStats, token_stats
 from fused_loss import LossSettings, fused_policy_loss
 from policy import Policy
@@ -92,6 +92,10 @@ WEIGHTINGS = {  # the first is what the others are compared with
     "shift": replace(ARMS["shift"], label="ActFocus with log-prob shift"),
     "entropy-beta2": replace(ARMS["entropy"], beta=2.0, label="beta 2 with entropy"),
     "placebo": replace(ARMS["placebo"], label="placebo: on random tokens"),
+    "span-placebo": replace(ARMS["span-placebo"], label="span placebo: in the thought"),
+    "inverse": replace(ARMS["inverse"], label="inverse: actions a tenth"),
+    "top-entropy": replace(ARMS["top-entropy"], label="top entropy: a fifth of the tokens"),
+    "low-prob": replace(ARMS["low-prob"], label="unlikely tokens less"),
 }
 
 
@@ -104,18 +108,18 @@ class Settings(Protocol):
 
 
 # --------------------------------------------------------------------- what weightings are made of
-# The gradient is linear in the weights, and every weighting is a sum of a few components: the
+# The gradient is linear in the weights, and most weightings are a sum of a few components: the
 # tokens of a class, and for each signal what beta adds. So one gradient per component and block
-# gives that of every weighting.
+# gives that of every such weighting. One with a rule of its own is a component of its own.
 def weight_components(
-    rollouts: Rollouts, frozen: TokenStats, old_logprob: Tensor
+    rollouts: Rollouts, frozen: TokenStats, player: TokenStats
 ) -> dict[str, Tensor]:
     """The components of all weightings, (B, T) float32 each.
 
     By name: a class has 1 at its tokens; a signal has at action tokens the sigmoid that beta
-    multiplies; the placebo has its weights. frozen: of the reference; old_logprob: (B, T), of the
-    policy that played. The mean and deviation of a signal are of these rollouts, a block; in
-    training they are of a whole iteration.
+    multiplies; a weighting with a rule has its weights. frozen, player: (B, T) each, of the
+    reference and of the policy that played. The mean and deviation of a signal, and the quantile of
+    the entropy, are of these rollouts, a block; in training they are of a whole iteration.
     """
     response, reasoning, action = rollouts.response, rollouts.reasoning, rollouts.action
     components = {
@@ -123,28 +127,33 @@ def weight_components(
         "action": action.float(),
         "format": (response & ~reasoning & ~action).float(),
     }
-    signals = token_signals(frozen, old_logprob)
+    signals = token_signals(frozen, player.logprob)
     for name in SIGNALS:
         if name == "shift" and not signals[name].any():
             continue  # the reference itself played, and has not shifted from itself
         weights = actfocus_weights(signals[name], reasoning, action, response, alpha=1.0, beta=1.0)
         components[name] = (weights - 1) * action
-    in_place = replace(WEIGHTINGS["placebo"], change=None)  # before its weights are scattered
-    weights = combine(components, mixture(in_place))
-    components["placebo"] = scatter_weights(weights, rollouts, seed=0)
+    # The sampler's log-probs round otherwise than those of a full forward pass.
+    rescored = replace(rollouts, old_logprob=player.logprob)
+    known = Known(rescored, seed=0, policy_entropy=player.entropy, advantages=None)
+    for name, arm in WEIGHTINGS.items():
+        if arm.change is not None:
+            weights = combine(components, mixture(replace(arm, change=None)))
+            components[name] = arm.change(weights, known)
     return components
 
 
 def mixture(arm: Arm) -> dict[str, float]:
-    """How much of each component a weighting has. Raises ValueError for a control that is none.
+    """How much of each component a weighting has. Raises ValueError for a rule that is none.
 
     >>> mixture(ARMS["actfocus"])
     {'reasoning': 0.1, 'action': 1.0, 'format': 1.0, 'energy': 0.5}
     """
-    if arm.change is scatter_weights:
-        return {"placebo": 1.0}
     if arm.change is not None:
-        raise ValueError(f"{arm.label}: of the controls, only the placebo is a component here")
+        for name, weighting in WEIGHTINGS.items():
+            if weighting.change is arm.change:
+                return {name: 1.0}
+        raise ValueError(f"{arm.label}: its rule is not among WEIGHTINGS")
     shares = {"reasoning": arm.alpha, "action": 1.0, "format": 1.0}
     if arm.beta:
         shares[arm.signal] = arm.beta
@@ -180,20 +189,19 @@ def measure_blocks(
     policy: Policy,
     rollouts: Rollouts,
     frozen: TokenStats,
-    old_logprob: Tensor,
+    player: TokenStats,
     config: Settings,
     most: int,
 ) -> list[Block]:
     """Split rollouts into blocks of PROMPTS_PER_BLOCK whole groups, and measure at most so many;
-    what is left over is not measured. frozen, old_logprob: (B, T), as in `measure_block`."""
+    what is left over is not measured. frozen, player: (B, T) each, as in `measure_block`."""
     size = block_size(config)
     number = min(most, len(rollouts.ids) // size)
     blocks = []
     for i in tqdm(range(number), desc="gradients", unit="block", leave=False):
         indices = torch.arange(i * size, (i + 1) * size, device=policy.device)
-        stats = TokenStats(*(values[indices] for values in frozen))
-        block = measure_block(policy, rollouts.take(indices), stats, old_logprob[indices], config)
-        blocks.append(block)
+        of_block = [TokenStats(*(values[indices] for values in each)) for each in (frozen, player)]
+        blocks.append(measure_block(policy, rollouts.take(indices), *of_block, config))
     return blocks
 
 
@@ -201,17 +209,17 @@ def measure_block(
     policy: Policy,
     rollouts: Rollouts,
     frozen: TokenStats,
-    old_logprob: Tensor,
+    player: TokenStats,
     config: Settings,
 ) -> Block:
-    """The gradient of each component and of each of NULLS. frozen: of the reference; old_logprob:
-    of the policy that played, (B, T) each.
+    """The gradient of each component and of each of NULLS. frozen, player: (B, T) each, of the
+    reference and of the policy that played.
 
     It is summed over the rollouts that have an advantage, their own or a shuffled one. The others
     have no gradient: all of a group that ends alike, and in other groups, by chance, some whose
     reward is the mean.
     """
-    components = weight_components(rollouts, frozen, old_logprob)
+    components = weight_components(rollouts, frozen, player)
     advantages = group_advantages(rollouts.rewards, config.group_size)  # (B,)
     advantage_of = dict.fromkeys(components, advantages)
     for name in NULLS:

@@ -28,7 +28,8 @@ T_975 = (
 )  # fmt: skip
 
 MEASURES = {  # each is one number for a run; runs of several seeds are compared by them
-    "final": "success of the last evaluation, in percentage points",
+    "final": "success of the last evaluation, in percentage points: of all its episodes, also "
+    "where --final-eval-episodes gave it more",
     "peak": "the highest mean of three evaluations in a row, in points",
     "fall": "from that peak to the mean of the last three evaluations, in points",
     "area": "area under the evaluations (mean evaluation success), in points",
@@ -48,22 +49,25 @@ def measures(log: Path, threshold: float) -> dict[str, float]:
     divided by the number of iterations. It rewards learning early as well as ending high.
     """
     training = column(log, "train_success")[1]
-    return measures_of(column(log, "eval_success"), training, threshold)
+    final = column(log, "final_success")[1]
+    return measures_of(column(log, "eval_success"), training, threshold, final)
 
 
 def measures_of(
     evaluations: tuple[Sequence[int], Sequence[float]],
     training: Sequence[float],
     threshold: float,
+    final: Sequence[float] = (),
 ) -> dict[str, float]:
     """The MEASURES of one run. evaluations: their iterations and success rates; training: the
-    success rate of each iteration's rollouts; threshold: as in `measures`."""
+    success rate of each iteration's rollouts; threshold: as in `measures`; final: the success rate
+    over --final-eval-episodes, if it was measured. All but `final` are of the usual episodes."""
     iterations, success = (np.array(values) for values in evaluations)
     smoothed = success
     if len(success) > 2:
         smoothed = np.convolve(success, np.full(3, 1 / 3), "valid")  # means of three in a row
     return {
-        "final": 100 * success[-1],
+        "final": 100 * (final[-1] if final else success[-1]),
         "peak": 100 * smoothed.max(),
         "fall": 100 * (smoothed.max() - smoothed[-1]),
         "area": 100 * np.trapezoid(success, iterations) / iterations[-1],

@@ -323,6 +323,11 @@ class Config:
         1.0,
         "The share of each iteration's groups to train on. Those whose rewards vary most are kept.",
     )
+    skip_equal: bool = flag(
+        False,
+        "Leave the weights as they are in an iteration whose groups all end alike. Without this "
+        "flag the entropy bonus and the KL penalty move them then.",
+    )
     max_grad_norm: float = flag(1.0, "A gradient with a larger norm is scaled down to this norm.")
     play_batch: int = flag(
         256, "How many rollouts are played at the same time. Fewer need less memory."
@@ -339,6 +344,11 @@ class Config:
         1,
         "How many of these episodes share a prompt. The paper evaluates 512 episodes, 16 of each "
         "prompt.",
+    )
+    final_eval_episodes: int | None = flag(
+        None,
+        "How many episodes the evaluation after the last iteration plays, the usual ones first. "
+        "Their success has columns of its own. Without this flag it plays the usual ones alone.",
     )
     eval_temperature: float = flag(0.5, "The temperature at which evaluations are sampled.")
     seed: int = flag(0, "The seed of the training prompts and of sampling.")
@@ -372,7 +382,7 @@ class Config:
         check_range(self, 1, math.inf, "iterations", "prompts", "group_size", "minibatch")
         check_range(self, 1, math.inf, "micro_tokens", "play_batch", "max_turn_tokens")
         check_range(self, 1, math.inf, "max_tokens", "eval_every", "eval_episodes")
-        check_range(self, 1, math.inf, "eval_group_size")
+        check_range(self, 1, math.inf, "eval_group_size", "final_eval_episodes")
         check_range(self, 0, math.inf, "clip_high", "entropy_coef", "kl_coef", "checkpoint_every")
         check_range(self, 0, 1, "clip_low")
         check_range(self, 1, math.inf, "lora")
@@ -411,6 +421,8 @@ class Config:
                 f"--eval-episodes is {self.evaluation_episodes()}: it must be a multiple of "
                 f"--eval-group-size, which is {self.eval_group_size}"
             )
+        if self.final_eval_episodes is not None:
+            self.check_final_evaluation()
         if self.model and self.thoughts is not None:
             raise ValueError(
                 f"--thoughts is {self.thoughts}: it shapes the built-in model, so leave it out "
@@ -418,6 +430,19 @@ class Config:
             )
         if self.out and not self.resume and holds_logs(Path(self.out)):
             raise ValueError(f"--out {self.out} holds an earlier run: choose another folder")
+
+    def check_final_evaluation(self) -> None:
+        """Raise ValueError for a --final-eval-episodes that does not hold the usual episodes."""
+        if self.final_eval_episodes < self.evaluation_episodes():
+            raise ValueError(
+                f"--final-eval-episodes is {self.final_eval_episodes}: it must be at least "
+                f"--eval-episodes, which is {self.evaluation_episodes()}"
+            )
+        if self.final_eval_episodes % self.eval_group_size:
+            raise ValueError(
+                f"--final-eval-episodes is {self.final_eval_episodes}: it must be a multiple of "
+                f"--eval-group-size, which is {self.eval_group_size}"
+            )
 
     def evaluation_episodes(self) -> int:
         """How many episodes an evaluation plays; a built-in model is quick to evaluate."""

@@ -37,6 +37,7 @@ from arms import ARMS
 from fused_loss import PolicyLoss
 from policy import Policy
 from rollout import Rollouts
+from segment import Segment
 from support.checkpoint import has_checkpoint
 from support.folder import writing
 from worlds.imported import world_name
@@ -47,6 +48,8 @@ COLUMNS = {
     "eval_success": "success rate of the fixed evaluation episodes (at --eval-temperature)",
     "eval_reward": "mean reward of an evaluation episode, summed over its turns",
     "eval_stderr": "standard error of eval_success, over prompts",
+    "final_success": "success rate of all --final-eval-episodes, after the last iteration",
+    "final_stderr": "standard error of final_success, over prompts",
     "eval_finished": "share of evaluation episodes that the game itself ended (goal reached, hole, "
     "last mistake, any purchase), and not the limit of turns",
     "train_success": "success rate of all rollouts that the iteration played (at --temperature)",
@@ -55,7 +58,11 @@ COLUMNS = {
     "equal_groups": "share of groups whose rewards are all equal: such a group teaches nothing",
     "loss": "mean over tokens, with entropy bonus and KL; it is near zero by construction",
     "entropy": "mean entropy of the policy at a generated token, in nats",
+    "entropy_reasoning": "the same at a reasoning token",
+    "entropy_action": "the same at an action token",
     "kl": "KL from the policy that played to the one being updated, per token (k3 estimate)",
+    "kl_reasoning": "the same per reasoning token",
+    "kl_action": "the same per action token",
     "kl_reference": "KL from the policy that played to the frozen reference, per token (k1 "
     "estimate; only with --kl-coef)",
     "clip_fraction": "share of generated tokens whose probability ratio is clipped",
@@ -63,6 +70,8 @@ COLUMNS = {
     "sampled and in the first training pass, before the policy has moved: rounding",
     "grad_norm": "norm of the gradient before clipping, mean over the updates",
     "skipped_updates": "updates that were left out because their gradient was not finite",
+    "distance": "how far the updates have brought the weights from those at the start: the L2 norm "
+    "of the difference over that of the start",
     "gradient_agreement": "mean cosine between the gradients of successive mini-batches (empty for "
     "models of over 200M parameters)",
     "advantage_mean": "mean advantage of a generated token",
@@ -95,6 +104,7 @@ PANELS = {  # of curves.png; column: title, label of the y axis
 LARGE_PANELS = ("eval_success", "train_success")  # what a newcomer looks at first
 SMALL_PANELS = tuple(name for name in PANELS if name not in LARGE_PANELS)
 SHARES = (*LARGE_PANELS, "reasoning_weight_share", "reasoning_accuracy", "turns_without_facts")
+CLASSES = {"reasoning": Segment.REASONING, "action": Segment.ACTION}  # that have own columns
 LINES = 4  # the most that a panel may have
 MANY = 40  # values from which on a line is smoothed
 SMOOTHED = 9  # iterations that a running mean is taken over
@@ -538,19 +548,31 @@ class UpdateMeter:
 
     @torch.no_grad()
     def add_micro_batch(
-        self, result: PolicyLoss, old_logprob: Tensor, advantage: Tensor, count: Tensor
+        self,
+        result: PolicyLoss,
+        old_logprob: Tensor,
+        advantage: Tensor,
+        labels: Tensor,
+        count: Tensor,
     ) -> None:
-        """All but `count`, the tokens of the whole mini-batch, are of N tokens."""
+        """All but `count`, the tokens of the whole mini-batch, are of N tokens; labels: Segment."""
         log_ratio = result.logprob - old_logprob
         ratio = log_ratio.exp()
         above = (ratio > 1 + self.clip_high) & (advantage > 0)
         below = (ratio < 1 - self.clip_low) & (advantage < 0)
+        entropy = result.entropy.double()
+        kl = (ratio - 1 - log_ratio).double()
         sums = {
             "loss": (result.loss.detach() * count).double(),
-            "entropy": result.entropy.double().sum(),
-            "kl": (ratio - 1 - log_ratio).double().sum(),
+            "entropy": entropy.sum(),
+            "kl": kl.sum(),
             "clip_fraction": (above | below).sum().double(),
         }
+        for name, kind in CLASSES.items():
+            of_class = labels == kind  # (N,)
+            sums[f"entropy_{name}"] = entropy.where(of_class, 0.0).sum()
+            sums[f"kl_{name}"] = kl.where(of_class, 0.0).sum()
+            sums[f"tokens_{name}"] = of_class.sum()
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
@@ -575,8 +597,15 @@ class UpdateMeter:
         self.norms.append(norm)
 
     def columns(self, tokens: int) -> dict[str, float]:
-        """Columns of the log. tokens: that were trained on."""
-        found = {name: total.item() / tokens for name, total in self.sums.items()}
+        """Columns of the log; those of a class that has no token are left out. tokens: that were
+        trained on."""
+        sums = {name: total.item() for name, total in self.sums.items()}
+        counts = {name: sums.pop(f"tokens_{name}") for name in CLASSES}
+        found = {}
+        for name, total in sums.items():
+            count = counts.get(name.rpartition("_")[2], tokens)  # "kl_action": of action tokens
+            if count:
+                found[name] = total / count
         found["grad_norm"] = sum(self.norms) / len(self.norms)
         found["skipped_updates"] = sum(not math.isfinite(norm) for norm in self.norms)
         if self.gaps:

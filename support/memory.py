@@ -84,7 +84,8 @@ def how_many_fit(model: str | Path, config: Config, arms: Iterable[Arm]) -> int:
 
 def estimate_run(model: str | Path, config: Config, arms: list[Arm]) -> Estimate:
     """The estimate for the settings of a training run; arguments as in `print_estimate`."""
-    at_once = max(config.prompts * config.group_size, config.eval_episodes)
+    evaluated = config.final_eval_episodes or config.eval_episodes
+    at_once = max(config.prompts * config.group_size, evaluated)
     return estimate(
         transformers.AutoConfig.from_pretrained(model, trust_remote_code=False),
         config.device,

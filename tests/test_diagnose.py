@@ -9,15 +9,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import worlds
-from actfocus import actfocus_weights
-from arms import blame_silence, scatter_weights, turn_numbers
 from energy import TokenStats
 from policy import load_policy
 from rollout import Rollouts, score_all
@@ -30,6 +27,9 @@ from studies.diagnose import (
     DiagnoseConfig,
     correlations,
     measure_groups,
+    partial_interval,
+    partial_spearman,
+    ranks,
     spearman,
     spearman_test,
     token_choices,
@@ -107,33 +107,6 @@ def test_the_decision_is_the_most_uncertain_action_token_of_each_turn():
     )
 
 
-def test_turns_are_counted_and_those_without_a_call_found():
-    labels = torch.tensor([[O, R, F, O, O, R, A, F, O, F], [O, O, A, A, O, R, R, O, O, O]])
-    response, action, reasoning = labels != O, labels == A, labels == R
-    assert turn_numbers(response).tolist() == [
-        [0, 1, 1, 1, 1, 2, 2, 2, 2, 3],
-        [0, 0, 1, 1, 1, 2, 2, 2, 2, 2],
-    ]
-    energy = torch.arange(20, dtype=torch.float32).reshape(2, 10)
-    weights = actfocus_weights(energy, reasoning, action, response, alpha=0.1, beta=0.0)
-    rollouts = SimpleNamespace(response=response, action=action)
-    weights = blame_silence(weights, rollouts, seed=0)
-    assert weights[0].tolist() == pytest.approx([0, 1, 1, 0, 0, 0.1, 1, 1, 0, 1])
-    assert weights[1].tolist() == pytest.approx([0, 0, 1, 1, 0, 1, 1, 0, 0, 0])
-
-
-def test_the_placebo_moves_the_weights_and_keeps_them():
-    """Random tokens in the place of action tokens: the same weights, drawn once a seed."""
-    rollouts, _ = two_rollouts()
-    response = rollouts.response
-    weights = torch.rand(response.shape, generator=torch.Generator().manual_seed(0)) * response
-    moved = scatter_weights(weights, rollouts, seed=3)
-    assert torch.equal(moved[response].sort().values, weights[response].sort().values)
-    assert not torch.equal(moved, weights) and (moved[~response] == 0).all()
-    assert torch.equal(moved, scatter_weights(weights, rollouts, seed=3))
-    assert not torch.equal(moved, scatter_weights(weights, rollouts, seed=4))
-
-
 def test_the_harder_worlds_are_diagnosed_and_take_the_options_of_their_own(monkeypatch):
     monkeypatch.setattr(worlds, "ENVIRONMENTS", dict(worlds.ENVIRONMENTS))
     configs = []
@@ -157,7 +130,8 @@ def test_group_means_by_hand():
     rollouts, frozen = two_rollouts()
     logprob = rollouts.old_logprob
     rollouts.old_logprob = torch.full_like(logprob, math.nan)  # what the sampler said is not read
-    (row,) = measure_groups(Batch(range(7, 8), rollouts, frozen, logprob), group_size=2)
+    player = frozen._replace(logprob=logprob)
+    (row,) = measure_groups(Batch(range(7, 8), rollouts, frozen, player), group_size=2)
     assert (row["seed"], row["success"], row["reward_variance"], row["turns"]) == (7, 0.5, 0.5, 1.5)
     assert row["action_fraction"] == pytest.approx(6 / 15) and row["tokens"] == 7.5
     assert row["energy_action"] == pytest.approx(10 * (3 + 4 + 9 + 10 + 15 + 16) / 6)
@@ -166,12 +140,24 @@ def test_group_means_by_hand():
     assert row["shift_all"] == pytest.approx(1.0)
 
 
+def test_with_one_turn_signals_are_of_the_first_turn_and_outcomes_of_whole_episodes():
+    rollouts, frozen = two_rollouts()
+    batch = Batch(range(7, 8), rollouts, frozen, frozen)
+    (whole,), (two,), (one,) = (measure_groups(batch, 2, turns) for turns in (None, 2, 1))
+    assert whole == two
+    assert one["energy_action"] == pytest.approx(10 * (3 + 4 + 15 + 16) / 4)
+    assert one["energy_reasoning"] == pytest.approx(10 * (2 + 14) / 2)
+    for name in ("success", "reward_variance", "turns", "tokens", "action_fraction"):
+        assert one[name] == whole[name]
+
+
 def test_correlations_name_what_is_constant_or_missing():
     rng = np.random.default_rng(0)
     names = [f"{signal}_{tokens}" for signal in SIGNALS for tokens in TOKENS]
     groups = [{name: float(rng.normal()) for name in names} for _ in range(20)]
     for i, row in enumerate(groups):
         row["success"] = i / 20
+        row["turns"] = float(rng.normal())
         row["reward_variance"] = row["energy_action"] ** 3
         row["shift_all"] = 0.0
         row["shift_action"] = 1e-9 * row["reward_variance"]  # small, but no rounding
@@ -185,6 +171,28 @@ def test_correlations_name_what_is_constant_or_missing():
     missing = table["nll", "reasoning"]
     assert math.isnan(missing.rho) and missing.groups == 0
     assert table["success", ""].rho_success == pytest.approx(1)
+    assert math.isnan(table["success", ""].rho_given_success)  # nothing is left of it
+    assert abs(energy.rho_given_turns) > 0.99 or math.isnan(energy.rho_given_turns)
+    mixed = table["entropy", "all"]
+    assert abs(mixed.rho_given_success) <= 1 and abs(mixed.rho_given_turns) <= 1
+
+
+def test_a_partial_correlation_is_that_of_what_a_line_leaves():
+    """Against residuals of ranks, on seeded random columns with ties; and where both columns only
+    follow a third, next to nothing is left, and the interval holds 0."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        given = rng.integers(0, 9, size=60).astype(float)
+        a, b = (given + 3 * rng.normal(size=60) for _ in range(2))
+        ranked = [ranks(values) for values in (a, b, given)]
+        left = [each - np.polyval(np.polyfit(ranked[2], each, 1), ranked[2]) for each in ranked[:2]]
+        assert partial_spearman(a, b, given) == pytest.approx(np.corrcoef(*left)[0, 1])
+    given = rng.normal(size=400)
+    a, b = (given + 0.5 * rng.normal(size=400) for _ in range(2))
+    assert spearman(a, b) > 0.7 and abs(partial_spearman(a, b, given)) < 0.15
+    low, high = partial_interval(a, b, given, rng, resamples=200)
+    assert -0.3 < low < partial_spearman(a, b, given) < high < 0.3
+    assert math.isnan(partial_spearman(a, b, np.ones(400)))
 
 
 # ------------------------------------------------------------------------------------- a real run

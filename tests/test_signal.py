@@ -35,7 +35,7 @@ def played(built_in):
 @pytest.fixture(scope="module")
 def block(built_in, played):
     rollouts, frozen = played
-    return gs.measure_block(built_in, rollouts, frozen, frozen.logprob, Settings())
+    return gs.measure_block(built_in, rollouts, frozen, frozen, Settings())
 
 
 def written_gradient(policy, rollouts, frozen, arm):
@@ -67,9 +67,10 @@ def test_a_mixture_of_components_is_the_gradient_of_the_weighted_loss(
 
 def test_the_placebo_has_the_same_weights_and_no_signal_of_its_own_shift(built_in, played):
     rollouts, frozen = played
-    components = gs.weight_components(rollouts, frozen, frozen.logprob)
+    components = gs.weight_components(rollouts, frozen, frozen)
     assert "shift" not in components  # a policy has not shifted from itself
-    assert "shift" in gs.weight_components(rollouts, frozen, frozen.logprob - torch.rand(8, 1))
+    shifted = frozen._replace(logprob=frozen.logprob - torch.rand(8, 1))
+    assert "shift" in gs.weight_components(rollouts, frozen, shifted)
     shares = gs.mixture(ARMS["actfocus"])
     weights = sum(share * components[name] for name, share in shares.items())
     response = rollouts.response
@@ -84,7 +85,7 @@ def test_a_batch_that_ends_alike_has_no_gradient(built_in, played):
     rollouts, frozen = played
     alike = rollouts.take(torch.arange(8))
     alike.rewards = torch.ones(8)
-    block = gs.measure_block(built_in, alike, frozen, frozen.logprob, Settings())
+    block = gs.measure_block(built_in, alike, frozen, frozen, Settings())
     assert not any(gradient.any() for gradient in block.gradients.values())
     rows = gs.signal_rows([block] * 4, 8)
     assert all(math.isnan(row["adam_ratio"]) for row in rows)
@@ -114,7 +115,7 @@ def test_some_coordinates_stand_for_all(built_in, played, monkeypatch):
     for limit in (gs.COORDINATES, 20_000):
         monkeypatch.setattr(gs.choose_coordinates, "__defaults__", (limit,))
         blocks[limit] = [
-            gs.measure_block(built_in, rollouts.take(rows), stats, stats.logprob, Settings())
+            gs.measure_block(built_in, rollouts.take(rows), stats, stats, Settings())
             for rows in torch.arange(8).split(4)
             for stats in [type(frozen)(*(values[rows] for values in frozen))]
         ]
