@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from arms import ARMS
 from fused_loss import PolicyLoss
+from segment import Segment
 from support import logs
 from support.config import ActFocusConfig, parse
 from support.logs import (
@@ -222,6 +223,7 @@ def test_what_is_logged_of_updates_waits_on_the_device(monkeypatch):
     """A micro-batch reads nothing back, since each time a GPU would have to finish first; the sums
     are those in float64."""
     meter, generator = UpdateMeter(clip_low=0.2, clip_high=0.28), torch.Generator().manual_seed(0)
+    labels = torch.tensor([Segment.REASONING, Segment.ACTION, Segment.FORMAT]).repeat(17)[:50]
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_fraction"), 0.0)
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
@@ -230,7 +232,7 @@ def test_what_is_logged_of_updates_waits_on_the_device(monkeypatch):
         for _ in range(3):
             numbers = torch.randn(5, 50, generator=generator)
             batches.append((PolicyLoss(numbers[0, 0], numbers[1], numbers[2]), numbers[3:]))
-            meter.add_micro_batch(batches[-1][0], *numbers[3:], count=torch.tensor(150))
+            meter.add_micro_batch(batches[-1][0], *numbers[3:], labels, count=torch.tensor(150))
     for result, (old_logprob, advantage) in batches:
         sums["loss"] += (150 * result.loss).item()
         sums["entropy"] += result.entropy.double().sum().item()
