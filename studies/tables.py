@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from arms import ARMS
-from studies.data import Run, diagnoses, runs_of
+from studies.data import Run, all_runs, diagnoses, runs_of
 from studies.diagnose import spearman, spearman_test
 from studies.pairs import doses, trained_pairs
 from studies.stats import T_975, t_interval
@@ -40,6 +41,9 @@ def all_tables() -> str:
     for title, comparison in comparisons().items():
         sections.append(f"## {title}\n\n{comparison_table(comparison)}\n")
     sections.append(f"## What the weights come to, and cost\n\n{weights_table()}\n")
+    sections.append(f"## Effective tokens\n\n{EFFECTIVE}\n\n{effective_table()}\n")
+    sections.append(f"## Matched learning rates\n\n{MATCHED}\n\n{matched_rates_table()}\n")
+    sections.append(f"## Falls\n\n{FALLS}\n\n{falls_table()}\n")
     sections.append(f"## What the reasoning is like\n\n{reasoning_table()}\n")
     sections.append(f"## What was promised, and what was gained\n\n{pairs_table()}\n")
     sections.append(f"## Dose and response\n\n{doses_table()}\n")
@@ -249,6 +253,165 @@ def weights_table() -> str:
         cells += [f"x {(1 + arm.beta / 2) / weight:.1f}", f"{seconds[0] / seconds[1]:.2f}"]
         lines.append(cells)
     return markdown(heads, lines)
+
+
+# ----------------------------------------------------------------------------------- matched rates
+MATCHED = """GRPO's *matched rate* is the lowest learning rate at which its training success, drawn
+as straight lines over the logarithm of the rate, meets ActFocus's on the same seeds; *times* is
+this rate over ActFocus's. A dash says that GRPO meets it at none of its rates, and a number in
+brackets how many single seeds do."""
+RATES = {  # by world and number of iterations: the experiments that trained it at several rates
+    "FrozenLake": (("rate",), None),
+    "Sudoku": (("rate-sudoku", "seeds-sudoku"), None),
+    "Sudoku, first four iterations": (("rate-sudoku", "seeds-sudoku"), 4),
+}
+
+
+def matched_rates_table() -> str:
+    """For each world and rate of ActFocus: the rate at which GRPO has the same training success on
+    the same seeds, and how many times ActFocus's it is. A dash where GRPO has it at none."""
+    heads = ("world", "ActFocus's rate", "its training success", "GRPO's matched rate", "times",
+             "single seeds")  # fmt: skip
+    lines = []
+    for world, (experiments, iterations) in RATES.items():
+        grpo = training_by_rate(experiments, "grpo", iterations)
+        for rate, actfocus in training_by_rate(experiments, "actfocus", iterations).items():
+            success = float(np.mean([*actfocus.values()]))
+            matched = matched_rate(mean_by_rate(grpo, seeds=actfocus), success)
+            cells = [world, f"{rate:g}", f"{success:.1f}"]
+            cells += [f"{matched:.1e}", f"{matched / rate:.1f}"] if matched else ["-", "-"]
+            factors = []
+            for seed, of_seed in actfocus.items():
+                if matched := matched_rate(mean_by_rate(grpo, seeds=[seed]), of_seed):
+                    factors.append(matched / rate)
+            few = f" ({len(factors)}/{len(actfocus)})" if len(factors) < len(actfocus) else ""
+            between = f"{min(factors):.1f} to {max(factors):.1f}{few}" if factors else "-"
+            lines.append([*cells, between])
+    return markdown(heads, lines)
+
+
+def mean_by_rate(
+    trained: Mapping[float, Mapping[int, float]], seeds: Iterable[int]
+) -> dict[float, float]:
+    """The mean at each rate over those of the seeds that it has; a rate with none is left out."""
+    means = {}
+    for rate, by_seed in trained.items():
+        there = [by_seed[seed] for seed in seeds if seed in by_seed]
+        if there:
+            means[rate] = float(np.mean(there))
+    return means
+
+
+def training_by_rate(
+    experiments: Iterable[str], arm: str, iterations: int | None
+) -> dict[float, dict[int, float]]:
+    """By learning rate and seed, in order: the training success over so many iterations, or over
+    all of them, in percent."""
+    found: dict[float, dict[int, float]] = {}
+    for run in all_runs():
+        if run.experiment in experiments and run.arm == arm:
+            success = 100 * float(np.mean(run.column("train_success")[1][:iterations]))
+            found.setdefault(run.lr, {})[run.seed] = success
+    return dict(sorted(found.items()))
+
+
+def matched_rate(by_rate: Mapping[float, float], success: float) -> float | None:
+    """The lowest rate that gives this success, on straight lines through the points (log rate,
+    success); None if no rate does.
+
+    by_rate: the success at each learning rate, in order of the rate.
+
+    >>> round(matched_rate({1e-4: 10.0, 1e-2: 30.0}, success=20.0), 6)
+    0.001
+    """
+    rates, values = list(by_rate), list(by_rate.values())
+    for (low, high), (below, above) in zip(pairwise(rates), pairwise(values), strict=True):
+        if below <= success <= above:
+            share = (success - below) / (above - below)
+            return float(np.exp((1 - share) * np.log(low) + share * np.log(high)))
+    return None
+
+
+# ----------------------------------------------------------------------------------------- falls
+FALLS = """A run *falls* if the success of its last evaluation is ten points or more below that of
+an earlier one. These are all runs from the committed starts that did; true facts and tokens are
+those of the first iteration and of the last."""
+# Experiments that did not begin at the committed starts, by how their names begin.
+OTHER_STARTS = ("dose", "earlier-starts", "first-runs", "smollm2")
+FALL = 10  # points
+
+
+def falls_table() -> str:
+    """A row for each run that fell, with how its reasoning and its length changed from the first
+    iteration to the last."""
+    heads = ("experiment", "world", "rate", "arm", "seed", "evaluations, %", "true facts, %",
+             "tokens a rollout")  # fmt: skip
+    lines = []
+    for run in sorted(fallen_runs(), key=lambda run: (run.experiment, -run.lr, run.arm, run.seed)):
+        evaluations = ", ".join(f"{100 * each:.0f}" for each in run.column("eval_success")[1])
+        facts = run.column("reasoning_accuracy")[1]
+        tokens = run.column("response_tokens")[1]
+        cells = [run.experiment, run.env, f"{run.lr:g}", ARMS[run.arm].label, str(run.seed)]
+        cells += [evaluations, f"{100 * facts[0]:.0f} to {100 * facts[-1]:.0f}"]
+        cells.append(f"{tokens[0]:.0f} to {tokens[-1]:.0f}")
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+def fallen_runs() -> list[Run]:
+    """The runs from committed starts that end FALL points or more below an earlier evaluation."""
+    fallen = []
+    for run in all_runs():
+        success = run.column("eval_success")[1]
+        fell = 100 * (max(success) - success[-1]) >= FALL
+        if fell and not run.experiment.startswith(OTHER_STARTS):
+            fallen.append(run)
+    return fallen
+
+
+# -------------------------------------------------------------------------------- effective tokens
+EFFECTIVE = """The *effective tokens* of weights w are (Σw)² / Σw², here as a share of all N tokens:
+under equal weights it is 1. The placebo has the same weights as ActFocus, on other tokens, and so
+the same share. It is of the first iteration of seed 0. Two values bound it, since the logs have Σw
+but not Σw²: the weights of single action tokens are not kept."""
+
+
+def effective_table() -> str:
+    """A row for each world that ActFocus's weights were logged in."""
+    lines = []
+    for world, experiment in WEIGHED.items():
+        run = runs_of(experiment, arm="actfocus")[0]
+        names = ("mean_weight", "reasoning_weight_share", "action_fraction")
+        least, most = effective_share(*(run.column(name)[1][0] for name in names))
+        lines.append([world, f"{least:.2f} to {most:.2f}"])
+    return markdown(("world", "effective tokens, as a share of all"), lines)
+
+
+def effective_share(
+    mean_weight: float, reasoning_weight_share: float, action_share: float
+) -> tuple[float, float]:
+    """The least and the largest (sum w)^2 / (N sum w^2) that ActFocus's weights can have with these
+    sums. The logs have no sum of squares; but a reasoning token weighs alpha, a format token 1 and
+    an action token 1 to 1 + beta, which leaves little room.
+
+    By hand: 6 reasoning tokens of 0.1, 2 format tokens, 2 action tokens of 1 and 1.5. sum w is 5.1,
+    sum w^2 is 5.31, which is the most that action tokens with the sum 2.5 can give:
+
+    >>> least, most = effective_share(0.51, 0.6 / 5.1, action_share=0.2)
+    >>> round(least, 4), round(5.1**2 / (10 * 5.31), 4)
+    (0.4898, 0.4898)
+    """
+    arm = ARMS["actfocus"]
+    reasoning = reasoning_weight_share * mean_weight / arm.alpha  # the share of reasoning tokens
+    others = 1 - reasoning - action_share
+    action = (mean_weight - arm.alpha * reasoning - others) / action_share  # their mean weight
+    alike = action**2  # the least mean square: all action tokens weigh the same
+    apart = 1 + (action - 1) * (2 + arm.beta)  # the most: each weighs 1 or 1 + beta
+    low, high = (
+        mean_weight**2 / (arm.alpha**2 * reasoning + others + action_share * square)
+        for square in (apart, alike)
+    )
+    return low, high
 
 
 # --------------------------------------------------------------------------------- the reasoning

@@ -30,7 +30,7 @@ from segment import Segment, segment_batch
 from studies import figures
 from studies.data import RUN, all_runs, diagnoses, runs_of
 from studies.runs import experiments_table
-from studies.tables import all_tables, weights_table
+from studies.tables import all_tables, effective_share, weights_table
 from support.logs import COLUMNS
 from worlds import ENVIRONMENTS, make_env
 
@@ -302,8 +302,9 @@ def python_files() -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(paths)}
 
 
-def imports_of(source: str, files: dict[str, str]) -> set[str]:
-    """The files among `files` that a source imports, anywhere in it."""
+@functools.cache  # by its text: most files are looked at again and again
+def modules_of(source: str) -> frozenset[str]:
+    """The names that a source imports, anywhere in it, as if each were a module."""
     modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -311,10 +312,16 @@ def imports_of(source: str, files: dict[str, str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "relative imports are not read"
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    paths = [module.replace(".", "/") for module in modules]
+    return frozenset(modules)
+
+
+def imports_of(source: str, files: dict[str, str]) -> set[str]:
+    """The files among `files` that a source imports."""
+    paths = [module.replace(".", "/") for module in modules_of(source)]
     return {path + end for path in paths for end in (".py", "/__init__.py")} & set(files)
 
 
+@functools.cache
 def changes_sys_path(source: str) -> bool:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "sys":
@@ -466,6 +473,66 @@ def test_the_intervals_that_pages_cite_are_in_the_data():
     assert len(cited) > 100
     for page, interval in cited:
         assert interval in known, (page, interval)
+
+
+def rows_below(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of results/tables.md, without its head."""
+    section = (ROOT / "results" / "tables.md").read_text().split(f"\n## {heading}\n")[1]
+    lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def test_the_matched_rates_of_the_page_are_those_of_the_table():
+    page = " ".join((ROOT / "results" / "evidence.md").read_text().split())
+    rows = {(world, rate): rest for world, rate, *rest in rows_below("Matched learning rates")}
+    lake = [rows["FrozenLake", rate] for rate in ("3e-05", "0.0001")]
+    assert {times for _, _, times, _ in lake} == {"2.3"}
+    ends = [end for *_, seeds in lake for end in seeds.split(" to ")]
+    *_, times, seeds = rows["Sudoku", "0.0001"]
+    said = (
+        f"at 2.3 times the rate in FrozenLake (at 3e-5 and at 1e-4; single seeds {min(ends)} to "
+        f"{max(ends)} times) and at {times} times in Sudoku (at 1e-4; seeds {seeds})."
+    )
+    assert said in page
+    early = [rows["Sudoku, first four iterations", rate] for rate in ("0.0001", "0.0003")]
+    assert [round(2 * float(times)) / 2 for _, _, times, _ in early] == [3.0, 2.5]
+    assert "the factor is about 3 at 1e-4 and about 2.5 at 3e-4" in page
+    ends = [end for *_, seeds in early for end in seeds.split(" (")[0].split(" to ")]
+    assert f"(single seeds {min(ends)} to {max(ends)})" in page
+
+
+def test_the_falls_of_the_page_are_those_of_the_table():
+    page = (ROOT / "results" / "evidence.md").read_text()
+    falls = rows_below("Falls")
+    sudoku = [row for row in falls if row[0] in ("rate-sudoku", "seeds-sudoku")]
+    shown = re.findall(r"^\| (1e-3|3e-4) \| (.+) \| (\d+) \| (.+, .+) \| (.+) \|$", page, re.M)
+    found = [(float(rate), *rest) for rate, *rest in shown]
+    assert sorted(found) == sorted((float(row[2]), *row[3:7]) for row in sudoku)
+    others = [row for row in falls if row not in sudoku and float(row[2]) < 1e-3]
+    assert len(others) == 5 and "runs from the committed starts five end" in page
+    at_1e3 = [row[3] for row in falls if float(row[2]) == 1e-3]
+    assert at_1e3.count("ActFocus") == 4 and at_1e3.count("GRPO") == 3
+    assert "ActFocus has four falls in\nnine runs and GRPO three" in page
+
+
+def test_effective_tokens_lie_between_their_bounds():
+    """Of random energies, and as the page says."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        labels = torch.randint(4, (3, 50), generator=generator)
+        reasoning, action, response = labels == 1, labels == 2, labels > 0
+        energy = torch.randn(3, 50, generator=generator)
+        w = actfocus_weights(energy, reasoning, action, response).double()
+        share = (w.sum() ** 2 / w.square().sum() / response.sum()).item()
+        on_reasoning = (w[reasoning].sum() / w.sum()).item()
+        least, most = effective_share(
+            (w.sum() / response.sum()).item(), on_reasoning, (action.sum() / response.sum()).item()
+        )
+        assert least <= share <= most < 1.1 * least
+    page = " ".join((ROOT / "results" / "evidence.md").read_text().split())
+    bounds = dict(rows_below("Effective tokens"))
+    said = f"is {bounds['FrozenLake']} in FrozenLake, {bounds['Sudoku']} in Sudoku"
+    assert said in page
 
 
 def test_the_figures_are_drawn_from_the_data_and_shown(tmp_path, monkeypatch):
