@@ -38,6 +38,7 @@ from tqdm import tqdm
 from actfocus import actfocus_weights
 from arms import SIGNALS, token_signals, turn_numbers
 from energy import TokenStats
+from model_checks import check_length
 from policy import Policy, load_policy
 from rollout import Rollouts, repeated
 from studies.gradient_signal import (
@@ -243,9 +244,11 @@ def load_policies(config: DiagnoseConfig) -> tuple[Policy, Policy]:
     try:
         folder = config.model or start_folder(config.env, **config.shaping())
         reference = load_policy(folder, config.device, config.bfloat16)
+        check_length(reference.model.config, config.max_tokens)
         if not config.checkpoint:
             return reference, reference
         policy = load_policy(config.checkpoint, config.device, config.bfloat16)
+        check_length(policy.model.config, config.max_tokens)
     except (OSError, ValueError) as error:
         raise SystemExit(f"the policy cannot be loaded: {error}") from None
     if policy.bytes_of != reference.bytes_of:

@@ -205,7 +205,12 @@ def measure_block(
     config: Settings,
 ) -> Block:
     """The gradient of each component and of each of NULLS. frozen: of the reference; old_logprob:
-    of the policy that played, (B, T) each."""
+    of the policy that played, (B, T) each.
+
+    It is summed over the rollouts that have an advantage, their own or a shuffled one. The others
+    have no gradient: all of a group that ends alike, and in other groups, by chance, some whose
+    reward is the mean.
+    """
     components = weight_components(rollouts, frozen, old_logprob)
     advantages = group_advantages(rollouts.rewards, config.group_size)  # (B,)
     advantage_of = dict.fromkeys(components, advantages)
@@ -215,7 +220,7 @@ def measure_block(
         seed = int(rollouts.ids.sum())
         advantage_of[name] = shuffled(advantages, config.group_size, seed)
     credits = {name: components[name] * advantage_of[name][:, None] for name in components}
-    learning = advantages.nonzero().squeeze(1)  # a group that ends alike has no gradient
+    learning = torch.stack([*advantage_of.values()]).any(dim=0).nonzero().squeeze(1)
     return Block(
         gradients=credit_gradients(policy, rollouts, credits, learning, config),
         totals={name: component.sum().item() for name, component in components.items()},
