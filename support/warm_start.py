@@ -40,8 +40,9 @@ from transformers import PreTrainedTokenizerFast
 
 from energy import token_stats
 from fused_loss import fused_policy_loss
+from model_checks import check_length
 from policy import Policy, load_policy
-from rollout import rollout
+from rollout import check_prompt_fits, rollout
 from worlds import ENVIRONMENTS, make_env
 
 STARTS = Path(__file__).parents[1] / "starts"
@@ -66,6 +67,7 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MAX_TOKENS = 4096  # of an episode that is played or imitated, as in training
 Episode = tuple[list[str], list[str]]  # the observations, and the turn that answers each
 
 
@@ -340,11 +342,18 @@ def imitate(policy: Policy, env, episodes: list[Episode], settings: WarmStart) -
 
 
 # -------------------------------------------------------------------------------------- as a script
-def measure(policy: Policy, settings: WarmStart, temperature: float, episodes: int = 128) -> str:
-    """One line on how a policy plays the first episodes of the evaluation."""
+def measure(
+    policy: Policy,
+    settings: WarmStart,
+    temperature: float,
+    episodes: int = 128,
+    max_tokens: int = MAX_TOKENS,
+) -> str:
+    """One line on how a policy plays the first episodes of the evaluation. An episode ends after
+    max_tokens tokens."""
     worlds = [settings.make_env() for _ in range(episodes)]
     seeds = range(EVAL_SEEDS, EVAL_SEEDS + episodes)
-    rollouts = rollout(policy, iter(worlds).__next__, seeds, temperature)
+    rollouts = rollout(policy, iter(worlds).__next__, seeds, temperature, max_tokens=max_tokens)
     turns = max(1, rollouts.turns.sum().item())
     malformed = sum(world.malformed for world in worlds) / turns
     success = rollouts.success.float().mean().item()
@@ -385,14 +394,34 @@ def make_start(settings: WarmStart, folder: Path) -> None:
     print(text)
 
 
-def teach(policy: Policy, settings: WarmStart, folder: Path) -> None:
+def check_lengths(
+    policy: Policy, env, episodes: list[Episode], settings: WarmStart, max_tokens: int
+) -> None:
+    """Raises ValueError if the model cannot carry max_tokens tokens, or if they are too few for a
+    prompt or for something that is to be imitated."""
+    check_length(policy.model.config, max_tokens)
+    check_prompt_fits(policy, env, max_tokens, seed=EVAL_SEEDS)
+    windows, whole_episodes = imitation_targets(policy, env, episodes, settings.window)
+    imitated = windows + whole_episodes if settings.episode_steps else windows
+    longest = max(len(ids) for ids, _ in imitated)
+    if longest > max_tokens:
+        raise ValueError(
+            f"a demonstration has {longest} tokens with this tokenizer, and --max-tokens is "
+            f"{max_tokens}: raise it, or lower --thoughts"
+        )
+
+
+def teach(
+    policy: Policy, episodes: list[Episode], settings: WarmStart, max_tokens: int, folder: Path
+) -> None:
     """Let a pretrained model imitate the demonstrations of a world, and print what that changed."""
-    env = settings.make_env()
     print("playing 32 episodes before and after; a large model takes minutes", flush=True)
-    print(f"before: {measure(policy, settings, 0.5, episodes=32)}", flush=True)
-    imitate(policy, env, demonstrations(env, settings), settings)
+    before = measure(policy, settings, 0.5, episodes=32, max_tokens=max_tokens)
+    print(f"before: {before}", flush=True)
+    imitate(policy, settings.make_env(), episodes, settings)
     policy.save(folder)
-    print(f"after:  {measure(policy, settings, 0.5, episodes=32)}\nwritten to {folder}")
+    after = measure(policy, settings, 0.5, episodes=32, max_tokens=max_tokens)
+    print(f"after:  {after}\nwritten to {folder}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -444,6 +473,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lr", type=float, help="The learning rate. (default: 3e-3; with --model 1e-4)"
     )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help="The most tokens of an episode that --model plays or imitates, the prompt included. "
+        f"(default: {MAX_TOKENS})",
+    )
     parser.add_argument("--device", help="The torch device to teach --model on. (default: cpu)")
     parser.add_argument(
         "--bfloat16", action="store_true", help="Teach --model in bfloat16 on a CPU as well."
@@ -461,6 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     given = vars(parser.parse_args(argv))  # the flags that were given
     model = given.pop("model", None)
     out = given.pop("out", None)
+    max_tokens = given.pop("max_tokens", MAX_TOKENS)
     device = given.pop("device", "cpu")
     bfloat16 = given.pop("bfloat16", False)
     usual = FOR_A_CHECKPOINT if model else {}
@@ -478,10 +514,16 @@ def main(argv: list[str] | None = None) -> None:
         policy = load_policy(model, device, bfloat16) if model else None
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: no such device
         parser.error(str(error).splitlines()[0])
-    if policy:
-        teach(policy, settings, out)
-    else:
+    if not policy:
         make_start(settings, out or STARTS / settings.env)
+        return
+    env = settings.make_env()
+    episodes = demonstrations(env, settings)
+    try:
+        check_lengths(policy, env, episodes, settings, max_tokens)
+    except ValueError as error:
+        parser.error(str(error))
+    teach(policy, episodes, settings, max_tokens, out)
 
 
 if __name__ == "__main__":
