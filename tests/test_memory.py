@@ -17,7 +17,7 @@ from support.config import ActFocusConfig
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {
-    "hidden_size": 384, "intermediate_size": 1280, "num_hidden_layers": 8,
+    "hidden_size": 384, "intermediate_size": 1280, "num_hidden_layers": 4,
     "num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True,
 }  # fmt: skip
 RUN = """
@@ -32,7 +32,7 @@ model, out, *more = sys.argv[1:]
 config = ActFocusConfig(
     env="frozenlake",
     model=model, out=out, iterations=1, prompts=1, group_size=4, minibatch=4, eval_episodes=1,
-    micro_tokens=3200, max_tokens=800, checkpoint_every=0, device="cpu",
+    micro_tokens=2400, max_tokens=600, checkpoint_every=0, device="cpu",
     gradient_checkpointing="recompute" in more,
 )
 said = []
@@ -50,7 +50,7 @@ print(json.dumps([peak - before, {moment: sum(by.values()) for moment, by in sai
 
 @pytest.fixture(scope="module")
 def larger(start, tmp_path_factory):
-    """A model that is large enough to be weighed: 15M parameters."""
+    """A model that is large enough to be weighed: 8M parameters."""
     folder = tmp_path_factory.mktemp("larger")
     tokenizer = load_policy(start).tokenizer
     config = transformers.Qwen2Config(
