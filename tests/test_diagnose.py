@@ -8,6 +8,7 @@ import random
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +200,8 @@ def test_a_partial_correlation_is_that_of_what_a_line_leaves():
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis")
-    flags = f"--model {tiny_folder} --groups 9 --group-size 4 --play-batch 12 --max-turn-tokens 40"
+    flags = f"--model {tiny_folder} --groups 9 --group-size 4 --play-batch 12 --max-turn-tokens 40 "
+    flags += "--max-tokens 900"
     command = [
         sys.executable,
         "-m",
@@ -275,8 +277,8 @@ def test_a_sampler_that_rounds_otherwise_does_not_show_in_the_shift(
 
     generator = torch.Generator().manual_seed(0)
     monkeypatch.setattr(diagnose, "play", rough)
-    small_run(tmp_path / "itself", model=str(tiny_folder))
-    small_run(tmp_path / "same", model=str(tiny_folder), checkpoint=str(tiny_folder))
+    small_run(tmp_path / "itself", model=str(tiny_folder), blocks=0)
+    small_run(tmp_path / "same", model=str(tiny_folder), checkpoint=str(tiny_folder), blocks=0)
     assert shifts(tmp_path / "itself") == [0.0] * 8
     assert shifts(tmp_path / "same") == [0.0] * 8
     rows = groups_of(tmp_path / "itself")
@@ -317,18 +319,9 @@ def test_a_trained_policy_plays_and_its_shift_is_its_own(tiny_folder, tmp_path, 
 def test_a_checkpoint_that_is_none_or_has_another_tokenizer_is_refused(
     tiny, tiny_folder, tmp_path, monkeypatch
 ):
-    flags = f"--model {tiny_folder} --checkpoint {tmp_path}/nowhere --groups 8 --group-size 2"
-    command = [
-        sys.executable,
-        "-m",
-        "studies.diagnose",
-        *flags.split(),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and "the policy cannot be loaded" in result.stderr
-    assert "Traceback" not in result.stderr
+    nowhere = DiagnoseConfig(model=str(tiny_folder), checkpoint=str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="the policy cannot be loaded: there is no folder .*nowh"):
+        diagnose.diagnose(nowhere)
 
     foreign = load_policy(tiny_folder)
     foreign.bytes_of = foreign.bytes_of[1:] + foreign.bytes_of[:1]
@@ -337,6 +330,20 @@ def test_a_checkpoint_that_is_none_or_has_another_tokenizer_is_refused(
     config = DiagnoseConfig(model="any", checkpoint="other", out=str(tmp_path / "out"))
     with pytest.raises(SystemExit, match="--checkpoint other has another tokenizer"):
         diagnose.diagnose(config)
+
+
+def test_episodes_longer_than_a_model_can_carry_are_refused(tiny_folder, tmp_path):
+    """The frequencies of "dynamic" change beyond 700 tokens: of the reference, or of who plays."""
+    short = load_policy(tiny_folder)
+    coding = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    short.model.config.rope_parameters = coding
+    short.model.config.max_position_embeddings = 700
+    short.save(tmp_path / "short")
+    for model, checkpoint in ((tmp_path / "short", None), (tiny_folder, str(tmp_path / "short"))):
+        config = DiagnoseConfig(model=str(model), checkpoint=checkpoint, max_tokens=701)
+        with pytest.raises(SystemExit, match="cannot be loaded: .* is 701, lower it to 700"):
+            diagnose.load_policies(config)
+        diagnose.load_policies(replace(config, max_tokens=700))
 
 
 @pytest.mark.parametrize(

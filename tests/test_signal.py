@@ -198,14 +198,26 @@ def test_the_order_of_blocks_does_not_matter():
     assert ratios[0].interval(ratios[0]) == (0, 0, 0)
 
 
-def test_shuffled_rewards_stay_in_their_group_and_carry_no_signal(built_in, played, block):
+def test_shuffled_rewards_stay_in_their_group():
     advantages = torch.tensor([3.0, -1, -1, -1, 5, 6, -5, -6])
     orders = {tuple(gs.shuffled(advantages, 4, seed).tolist()) for seed in range(50)}
     assert len(orders) > 25
     for order in orders:
         assert sorted(order[:4]) == [-1, -1, -1, 3] and sorted(order[4:]) == [-6, -5, 5, 6]
-    # a null is the weighting's gradient with those rewards
+
+
+@pytest.mark.parametrize("middle", [False, True])
+def test_a_null_is_the_gradient_of_its_weighting_with_shuffled_rewards(
+    built_in, played, block, middle
+):
+    """Also where two rollouts have the mean of their group, and so no advantage of their own: they
+    may get another's, or lose nothing."""
     rollouts, frozen = played
+    if middle:
+        rollouts = replace(rollouts)
+        rollouts.rewards = torch.tensor([1.0, 0.5, 0.0, 0.5, 0.75, 0.5, 0.25, 0.5])
+        assert (group_advantages(rollouts.rewards, 4) == 0).sum() == 4
+        block = gs.measure_block(built_in, rollouts, frozen, frozen.logprob, Settings())
     mixed = replace(rollouts)
     seed = int(rollouts.ids.sum())
     mixed.rewards = gs.shuffled(group_advantages(rollouts.rewards, 4), 4, seed)
