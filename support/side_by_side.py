@@ -68,7 +68,7 @@ def train_side_by_side(
     SystemExit at the end if one has failed, or if there was an interruption, which every arm ends
     its iteration for and saves a checkpoint.
     """
-    print(f"{len(configs)} arms, {at_once} at a time, each in a process with the memory above")
+    print(f"{len(configs)} arms, {at_once} at a time, in processes that each need this memory")
     threads = torch.get_num_threads()
 
     def train(name: str) -> str:
