@@ -28,14 +28,12 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,12 +55,13 @@ from rollout import (
     scored_hidden,
 )
 from support import logs, memory, transcripts
-from support.checkpoint import Checkpoints, has_checkpoint, how_to_resume, sync
+from support.arm_runs import ArmRun, open_run
+from support.checkpoint import Checkpoints, how_to_resume
 from support.config import MAY_CHANGE_ON_RESUME, Config, parse
 from support.folder import RunFolderError, hold, writing
 from support.lora import load_with_adapters
-from support.processes import Interruption, usable_cores
-from support.side_by_side import train_side_by_side
+from support.processes import Interruption
+from support.side_by_side import arms_at_once, choose_threads, train_side_by_side
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
@@ -71,8 +70,6 @@ Weights = dict[str, Tensor]  # by name
 # rounding makes was measured on SmolLM2-135M: 0.00002 in float32, and 0.08 in bfloat16.
 SAMPLING_GAP = 0.05
 SAMPLING_GAP_BFLOAT16 = 0.5
-# Parameters up to which a model is small: the built-in ones have 0.4M, SmolLM2 has 135M.
-SMALL = 10_000_000
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -462,14 +459,6 @@ def copy_of_weights(policy: Policy) -> Weights:
 
 
 # --------------------------------------------------------------------------- a run of several arms
-class ArmRun(NamedTuple):
-    """What is to be trained of one arm, by itself or among several."""
-
-    name: str
-    config: Config  # with the folder of this arm, in a run of several
-    checkpoints: Checkpoints
-
-
 def run(
     config: Config,
     arms: dict[str, Arm],
@@ -491,7 +480,7 @@ def run(
     with memory.explain_out_of_memory(config.device):
         policy = load(config, arms)  # 1
         prompt = first_prompt(policy, config)
-        choose_threads(policy, config)
+        choose_threads(policy.model, config)
         start = copy_of_weights(policy)
         may_wait = config.checkpoint_every > 0  # else an iteration is not worth waiting for
         with hold(out), Interruption(may_wait) as interruption:
@@ -500,7 +489,7 @@ def run(
             if show is not None and not config.resume:
                 show(policy, config, arms)
             print(f"results go to {out}\nThe loss stays near zero by construction: watch success.")
-            at_once = arms_at_once(policy, config, arms, len(to_train)) if script else 1
+            at_once = arms_at_once(policy.model, config, arms, len(to_train)) if script else 1
             with drawn_at_the_end(config):
                 if at_once > 1:
                     del policy, start  # each process has its own
@@ -540,91 +529,6 @@ def first_prompt(policy: Policy, config: Config) -> list[int]:
     except PromptTooLong as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
     return prompt
-
-
-def choose_threads(policy: Policy, config: Config) -> None:
-    """Let a small model on a CPU compute with one thread, and a large one with no more than this
-    process can keep busy, unless OMP_NUM_THREADS says how many."""
-    if config.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
-        return
-    threads = 1 if is_small(policy) else min(torch.get_num_threads(), usable_cores())
-    torch.set_num_threads(threads)
-
-
-def is_small(policy: Policy) -> bool:
-    """Is this a model that computes faster with one thread than with several, as soon as any other
-    process needs the processor?"""
-    return sum(p.numel() for p in policy.model.parameters()) <= SMALL
-
-
-def arms_at_once(policy: Policy, config: Config, arms: dict[str, Arm], to_train: int) -> int:
-    """How many arms go side by side: those of a small model on a CPU, as many as there are cores
-    and memory for. A large model and a GPU are kept busy by one arm."""
-    if config.device != "cpu" or not is_small(policy) or to_train < 2:
-        return 1
-    cores = usable_cores() // torch.get_num_threads()
-    if cores < 2:
-        return 1
-    folder = config.model or start_folder(config.env, thoughts=config.thoughts)
-    return max(1, min(to_train, cores, memory.how_many_fit(folder, config, arms.values())))
-
-
-# ------------------------------------------------------------------------ the folders of a run
-def open_run(
-    config: Config, names: list[str], origin: dict, interruption: Interruption
-) -> list[ArmRun]:
-    """The arms to train: all of a new run, or those of an earlier one that are not finished. Raises
-    SystemExit if the folder cannot be used."""
-    out = Path(config.out)
-    all_runs = []
-    for name in names:
-        own, own_origin = config, origin
-        if len(names) > 1:
-            own = replace(config, arms=name, out=str(out / name))
-            own_origin = origin | {"arms": name}
-        checkpoints = Checkpoints(
-            Path(own.out), out, config.checkpoint_every, own_origin, logs.appended_files,
-            interruption,
-        )  # fmt: skip
-        all_runs.append(ArmRun(name, own, checkpoints))
-    try:
-        if not config.resume:
-            lay_out(config, all_runs)
-            return all_runs
-        if len(names) > 1 and (has_checkpoint(out) or logs.appended_files(out)):
-            raise ValueError(
-                "an earlier version of this code kept all arms in one folder: resume it from the "
-                "commit that began it"
-            )
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{out} cannot be used: {error}") from None
-    return [
-        each
-        for each in all_runs
-        if not logs.is_finished(Path(each.config.out), each.name, config.iterations)
-    ]
-
-
-def lay_out(config: Config, runs: list[ArmRun]) -> None:
-    """Make the folders of a new run: settings, and a first checkpoint of each arm, which keeps what
-    the arm starts from, and finds out whether the folder can be written. The settings of a run of
-    several arms come last, so that one that can be resumed is complete."""
-    if logs.holds_logs(Path(config.out)):  # of a run that ended while this one loaded its model
-        raise ValueError("it holds an earlier run: choose another folder")
-    for each in runs:
-        Path(each.config.out).mkdir(exist_ok=True)
-        write_settings(each.config)
-        if config.checkpoint_every:
-            each.checkpoints.save({"iteration": 0})
-    if len(runs) > 1:
-        write_settings(config)
-
-
-def write_settings(config: Config) -> None:
-    """config.json, in the folder of a run."""
-    path = Path(config.out) / "config.json"
-    path.write_text(json.dumps(asdict(config), indent=2) + "\n")
-    sync(path)
 
 
 def train_one(

@@ -1,6 +1,6 @@
 """How fast is it, and how much memory does it take, beside what one would use instead?
 
-    python -m studies.bench               # every section, some 45 minutes on 2 cores
+    python -m studies.bench               # every section, more than an hour on 2 cores
     python -m studies.bench loss --tokens 4096               # one section, one size
     python -m studies.bench --device cuda --shape qwen-0.5b   # Qwen2.5-0.5B, random weights
 
@@ -13,6 +13,9 @@ A section compares several ways of doing the same work, in one run on one machin
     iteration  playing and updating: ours against TRL's GRPOTrainer (optional: pip install trl)
     growth     the cost of a token while the number of episodes, of positions, or the vocabulary
                grows; draws growth.png
+    arms       whole runs of two arms: side by side, as the script does by itself, against one after
+               the other with one thread and with two; on the machine as it is, and beside a busy
+               process
 
 A section is a function that yields its results one by one. Each is printed, and is a row of
 bench.csv in the output folder.
@@ -21,9 +24,11 @@ bench.csv in the output folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
+import os
 import platform
 import random
 import statistics
@@ -57,6 +62,7 @@ from train_grpo import Guard, read, score, update, weigh
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
+TRAINER = ROOT / "train_actfocus.py"
 GROUP = 8  # rollouts of a prompt
 COMPARED = {ARMS[name].label: ARMS[name] for name in ("grpo", "actfocus")}
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
@@ -624,6 +630,58 @@ def compare_in_turn(one: Callable[[], float], other: Callable[[], float], repeat
     return Medians(statistics.median(ones), statistics.median(others), statistics.median(ratios))
 
 
+# --------------------------------------------------------------------------------------------- arms
+BOTH = "grpo,actfocus"
+WAYS_OF_ARMS = {  # --arms of the script's runs, one after the other; and the threads of each
+    "side by side": ([BOTH], None),
+    "one after the other, one thread": (BOTH.split(","), 1),
+    "one after the other, two threads": (BOTH.split(","), 2),
+}
+
+
+def bench_arms(args: argparse.Namespace) -> Iterator[Result]:
+    """Seconds of two iterations of two arms in FrozenLake, from the start of the script to its end;
+    a ratio is to side by side. The ways are timed in turn, since the machine's speed drifts."""
+    if args.device != "cpu":
+        print("arms: left out, on a GPU they always go one after the other")
+        return
+    for busy in (False, True):
+        seconds = {way: [] for way in WAYS_OF_ARMS}
+        with busy_process() if busy else contextlib.nullcontext():
+            for _ in range(args.repeats):
+                for way, (runs, threads) in WAYS_OF_ARMS.items():
+                    seconds[way].append(sum(time_run(args, arms, threads) for arms in runs))
+        medians = {way: statistics.median(values) for way, values in seconds.items()}
+        beside = ", beside a busy process" if busy else ""
+        for way, median in medians.items():
+            ratio = median / medians["side by side"]
+            yield Result(f"two arms {way}{beside}, seconds; ratio: to side by side", median, ratio)
+
+
+def time_run(args: argparse.Namespace, arms: str, threads: int | None) -> float:
+    """Seconds of a run of the script. threads: None for as many as it takes by itself."""
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if threads is not None:
+        environ["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(TRAINER), "--env", "frozenlake", "--device", "cpu"]
+        command += ["--arms", arms, "--iterations", "2", "--prompts", str(args.prompts)]
+        command += ["--out", f"{folder}/run"]
+        began = time.perf_counter()
+        subprocess.run(command, env=environ, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process that computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 # --------------------------------------------------------------------------------------------- main
 SECTIONS = {
     "loss": bench_loss,
@@ -631,6 +689,7 @@ SECTIONS = {
     "rollout": bench_rollout,
     "iteration": bench_iteration,
     "growth": bench_growth,
+    "arms": bench_arms,
 }
 
 
@@ -672,7 +731,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     flag(
         "--prompts", type=int, default=16,
-        help=f"How many prompts, of {GROUP} rollouts each, in update and rollout.",
+        help=f"How many prompts, of {GROUP} rollouts each, in update, rollout and arms.",
     )  # fmt: skip
     flag("--completion", type=int, default=256, help="Tokens of each completion, in iteration.")
     flag("--micro-tokens", type=int, default=8192, help="Tokens that a forward pass may hold.")

@@ -8,6 +8,7 @@ a bar for each arm and the common curves.png, and notes in their output are pass
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,46 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import logs
+from arms import Arm
+from support import logs, memory
 from support.checkpoint import has_checkpoint, how_to_resume
 from support.config import Config, flags_of
 from support.folder import writing
-from support.processes import Interruption, last_line, run_script, side_by_side
+from support.processes import Interruption, last_line, run_script, side_by_side, usable_cores
+from support.warm_start import start_folder
 
+# Parameters up to which a model is small: the built-in ones have 0.4M, SmolLM2 has 135M.
+SMALL = 10_000_000
 OUTPUT = "output.txt"  # all that the process of an arm says, in the arm's folder
+
+
+def choose_threads(model: torch.nn.Module, config: Config) -> None:
+    """Let a small model on a CPU compute with one thread, and a large one with no more than this
+    process can keep busy, unless OMP_NUM_THREADS says how many."""
+    if config.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = 1 if is_small(model) else min(torch.get_num_threads(), usable_cores())
+    torch.set_num_threads(threads)
+
+
+def is_small(model: torch.nn.Module) -> bool:
+    """Is this a model that computes faster with one thread than with several, as soon as any other
+    process needs the processor?"""
+    return sum(p.numel() for p in model.parameters()) <= SMALL
+
+
+def arms_at_once(
+    model: torch.nn.Module, config: Config, arms: dict[str, Arm], to_train: int
+) -> int:
+    """How many arms go side by side: those of a small model on a CPU, as many as there are cores
+    and memory for. A large model and a GPU are kept busy by one arm."""
+    if config.device != "cpu" or not is_small(model) or to_train < 2:
+        return 1
+    cores = usable_cores() // torch.get_num_threads()
+    if cores < 2:
+        return 1
+    folder = config.model or start_folder(config.env, thoughts=config.thoughts)
+    return max(1, min(to_train, cores, memory.how_many_fit(folder, config, arms.values())))
 
 
 def train_side_by_side(
@@ -34,7 +68,7 @@ def train_side_by_side(
     SystemExit at the end if one has failed, or if there was an interruption, which every arm ends
     its iteration for and saves a checkpoint.
     """
-    print(f"{len(configs)} arms, {at_once} at a time, each in a process with the memory above")
+    print(f"{len(configs)} arms, {at_once} at a time, in processes that each need this memory")
     threads = torch.get_num_threads()
 
     def train(name: str) -> str:

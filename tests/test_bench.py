@@ -73,6 +73,27 @@ def test_every_loss_gives_the_same_gradient():
             torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4, msg=name)
 
 
+TRAINER = """
+import os, sys
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with (Path(__file__).parent / "runs").open("a") as file:
+    print(given["--arms"], given["--prompts"], os.environ.get("OMP_NUM_THREADS"), file=file)
+"""
+
+
+def test_arms_are_timed_in_each_way(tmp_path, monkeypatch):
+    """With a script that does nothing, on the machine as it is and beside a busy process."""
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.setattr(bench, "TRAINER", tmp_path / "trainer.py")
+    what = run(tmp_path / "out", "arms", "--prompts", "3")
+    ways = [f"arms: two arms {way}" for way in bench.WAYS_OF_ARMS]
+    busy = [f"{way}, beside a busy process" for way in ways]
+    assert what == [f"{way}, seconds; ratio: to side by side" for way in ways + busy]
+    runs = ["grpo,actfocus 3 None", "grpo 3 1", "actfocus 3 1", "grpo 3 2", "actfocus 3 2"]
+    assert (tmp_path / "runs").read_text().splitlines() == 2 * runs
+
+
 def test_an_unknown_section_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["speed", "--out", str(tmp_path)])

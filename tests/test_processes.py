@@ -16,9 +16,10 @@ import torch
 from test_checkpoint import ARMS, SMALL, held_by_another, left_behind, of_arm, play, whole  # noqa: F401
 
 from support import logs, processes
+from support import side_by_side as arms_side_by_side
 from support.config import parse
 from support.processes import Interruption, run_script, side_by_side, usable_cores
-from support.side_by_side import train_side_by_side
+from support.side_by_side import arms_at_once, choose_threads, train_side_by_side
 from train_ppo import PPOConfig
 
 ROOT = Path(__file__).parents[1]
@@ -228,9 +229,10 @@ SCRIPT = """
 import time
 from pathlib import Path
 import train_grpo
+from support import side_by_side
 from support.config import parse
 from train_ppo import Critic, PPOConfig
-train_grpo.usable_cores = lambda: 2
+side_by_side.usable_cores = lambda: 2
 update, folder = train_grpo.update, Path(__file__).parent
 
 def update_when_allowed(*args):
@@ -323,12 +325,8 @@ def test_an_arm_alone_is_what_it_is_among_others(whole, tiny_folder, tmp_path): 
         ("cuda", 400_000, None, 8, 16, 1),
     ],
 )
-def test_threads_and_processes(
-    device, parameters, given, cores, threads, at_once, tiny, monkeypatch
-):
+def test_threads_and_processes(device, parameters, given, cores, threads, at_once, monkeypatch):
     """A machine of which torch would take 16 cores."""
-    import train_grpo
-
     now = int(given or 16)
 
     def set_threads(number):
@@ -337,24 +335,21 @@ def test_threads_and_processes(
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: now)
     monkeypatch.setattr(torch, "set_num_threads", set_threads)
-    monkeypatch.setattr(train_grpo, "usable_cores", lambda: cores)
-    monkeypatch.setattr(train_grpo, "SMALL", 10_000_000)
-    monkeypatch.setattr(train_grpo, "is_small", lambda _: parameters <= train_grpo.SMALL)
-    monkeypatch.setattr(train_grpo.memory, "how_many_fit", lambda *_: 3)
+    monkeypatch.setattr(arms_side_by_side, "usable_cores", lambda: cores)
+    monkeypatch.setattr(arms_side_by_side.memory, "how_many_fit", lambda *_: 3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     config = PPOConfig(device=device, arms="grpo,actfocus,placebo,ppo")
-    train_grpo.choose_threads(tiny, config)
+    model = torch.nn.Linear(parameters, 1, bias=False, device="meta")
+    choose_threads(model, config)
     assert now == threads
-    assert train_grpo.arms_at_once(tiny, config, config.chosen_arms(), 4) == at_once
-    assert train_grpo.arms_at_once(tiny, config, config.chosen_arms(), 1) == 1
-    assert train_grpo.arms_at_once(tiny, config, config.chosen_arms(), 0) == 1
-    monkeypatch.setattr(train_grpo.memory, "how_many_fit", lambda *_: 1)
-    assert train_grpo.arms_at_once(tiny, config, config.chosen_arms(), 4) == 1
+    assert arms_at_once(model, config, config.chosen_arms(), 4) == at_once
+    assert arms_at_once(model, config, config.chosen_arms(), 1) == 1
+    assert arms_at_once(model, config, config.chosen_arms(), 0) == 1
+    monkeypatch.setattr(arms_side_by_side.memory, "how_many_fit", lambda *_: 1)
+    assert arms_at_once(model, config, config.chosen_arms(), 4) == 1
 
 
 def test_the_built_in_models_are_small(built_in):
-    import train_grpo
-
-    assert train_grpo.is_small(built_in)
+    assert arms_side_by_side.is_small(built_in.model)

@@ -24,6 +24,7 @@ from policy import load_policy
 from rollout import rollout, score_all, scored_hidden
 from segment import Segment
 from studies.diagnose import DiagnoseConfig
+from support import side_by_side
 from support.config import ActFocusConfig, Config, flags_of, make_parser, parse, read_config
 from support.logs import COLUMNS, column
 from train_grpo import Guard, run, update
@@ -50,7 +51,7 @@ def run_script(script, model, out, *flags, process=False):
     said, complained, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(sys, "argv", argv)
-        patch.setattr(train_grpo, "usable_cores", lambda: 1)
+        patch.setattr(side_by_side, "usable_cores", lambda: 1)
         with contextlib.redirect_stderr(complained):
             try:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
