@@ -17,7 +17,8 @@ from test_train import read, run_script
 
 from envs import TYPES, Step, check_tools, write_turn
 from studies import compare
-from studies.diagnose import DiagnoseConfig, load_policies
+from studies.collect import collect
+from studies.diagnose import DiagnoseConfig, diagnose, load_policies
 from support import warm_start
 from support.config import ActFocusConfig, parse
 from support.logs import title_of
@@ -278,9 +279,23 @@ def test_each_command_says_that_there_is_no_built_in_model(write, capsys):
         load_policies(config)
 
 
-def test_a_comparison_names_its_folders_by_the_name_alone(write, capsys):
-    cell = compare.Cell("some/where/guess.py:Say", "grpo", None, 1)
-    assert cell.folder(Path("out")) == Path("out/Say/grpo-seed1")
+def test_comparisons_and_diagnoses_bear_its_name_alone(write, tiny_folder, tmp_path, capsys):
+    write(HEAD + SAY)
+    flags = "--env guess.py:Say --arms grpo --seeds 1 --iterations 1 --prompts 1 --group-size 2 "
+    flags += f"--minibatch 2 --eval-episodes 2 --device cpu --model {tiny_folder}"
+    compare.main(flags.split())
+    assert list((tmp_path / "runs/compare/Say/grpo-seed1").rglob("grpo.csv"))
+    assert (tmp_path / "runs/compare/table.txt").read_text().startswith("Say, lr 1e-06")
+    assert (tmp_path / "runs/compare/compare.csv").read_text().splitlines()[1].startswith("Say,")
+    collect(tmp_path / "runs/compare", "mine", tmp_path / "data")
+    assert "mine,Say,grpo," in (tmp_path / "data" / "training.csv").read_text()
+    diagnose(
+        DiagnoseConfig(
+            env="guess.py:Say", model=str(tiny_folder), groups=8, blocks=0, group_size=2,
+            device="cpu",
+        )
+    )  # fmt: skip
+    assert list(tmp_path.glob("runs/*-Say-diagnosis-*/bottleneck.png"))
     with pytest.raises(SystemExit):
         compare.main(["--env", "a.py:Say", "b.py:Say"])
     assert "two worlds of one name" in capsys.readouterr().err
@@ -385,7 +400,8 @@ def test_both_arms_train_in_an_adapted_world(name, tiny_folder, tmp_path):
     result = run_script("train_actfocus.py", tiny_folder, tmp_path / "run", *flags.split())
     assert result.returncode == 0, result.stderr
     for arm in ("grpo", "actfocus"):
-        assert [row["iteration"] for row in read(tmp_path / "run" / f"{arm}.csv")] == ["0", "1"]
+        (log,) = (tmp_path / "run").rglob(f"{arm}.csv")
+        assert [row["iteration"] for row in read(log)] == ["0", "1"]
 
 
 def test_the_lake_of_gymnasium_is_shown_with_its_player_and_solved_at_its_goal():
