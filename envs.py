@@ -11,6 +11,8 @@ An environment has four things:
 - `reset(seed) -> str`: begin an episode.
 - `step(reply) -> Step`: play one turn. An episode is a pure function of its seed and the replies.
 
+Whatever has these four can be trained in, by its file: `--env FILE.py:NAME` (worlds/imported.py).
+
 The worlds of this project have four more, for the warm start alone: `demonstrate(rng, skill)`
 writes the turn of a scripted player, `skill` is how often that player usually picks a best move,
 `done` says that the episode is over, and `malformed` counts the malformed turns.
