@@ -35,7 +35,7 @@ def config_of(**changes):
     settings = {
         "env": "frozenlake", "lora": 4, "iterations": 2, "prompts": 1, "group_size": 4,
         "minibatch": 2, "eval_episodes": 1, "checkpoint_every": 1, "device": "cpu", "lr": 1e-2,
-        "max_tokens": 700,
+        "max_turn_tokens": 12, "max_tokens": 460,
     }  # fmt: skip
     config = ActFocusConfig(**settings | changes)
     config.validate()
@@ -140,7 +140,10 @@ def test_the_first_iteration_weighs_as_without_adapters(start, tmp_path, monkeyp
     monkeypatch.setattr(train_grpo, "update", see)
     found = []
     for rank in (None, 4):
-        config = config_of(lora=rank, model=str(start), out=str(tmp_path / f"{rank}"))
+        config = config_of(
+            lora=rank, model=str(start), out=str(tmp_path / f"{rank}"),
+            max_turn_tokens=160, max_tokens=600,
+        )  # fmt: skip
         with pytest.raises(Seen) as seen:
             train(config, "actfocus")
         found.append(seen.value.args)
@@ -240,7 +243,7 @@ def train(config, name):
     return policy, checkpoints
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(start, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_folder, tmp_path, monkeypatch):
     """Its checkpoints hold the adapters and their optimizer, and not the model."""
 
     def left_behind(config, policy):
@@ -249,10 +252,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(start, tmp_path, monkeypatch):
             rows = [dict(row, seconds="", seconds_play="") for row in csv.DictReader(file)]
         return rows, (Path(config.out) / "policy" / "model.safetensors").read_bytes()
 
-    whole = config_of(model=str(start), out=str(tmp_path / "whole"), iterations=3)
+    whole = config_of(model=str(tiny_folder), out=str(tmp_path / "whole"), iterations=3)
     expected = left_behind(whole, train(whole, "actfocus")[0])
 
-    killed = config_of(model=str(start), out=str(tmp_path / "killed"), iterations=3)
+    killed = config_of(model=str(tiny_folder), out=str(tmp_path / "killed"), iterations=3)
     calls, update = [], train_grpo.update
 
     def die(*args):
@@ -282,14 +285,16 @@ def test_a_run_goes_on_only_with_the_frozen_weights_that_it_had(start):
     assert origins[0] == origins[1] != origins[2]
 
 
-def test_both_arms_train_and_are_saved(start, tmp_path):
+def test_both_arms_train_and_are_saved(tiny_folder, tmp_path):
     """In bfloat16, with every option that has to do with the model."""
     flags = "--lora 4 --bfloat16 --gradient-checkpointing --kl-coef 0.01 --save --lr 1e-2"
-    result = run_script("train_actfocus.py", start, tmp_path / "run", *flags.split())
+    short = "--iterations 1 --eval-episodes 2 --max-turn-tokens 12 --max-tokens 460"
+    out = tmp_path / "run"
+    result = run_script("train_actfocus.py", tiny_folder, out, *flags.split(), *short.split())
     assert result.returncode == 0, result.stderr
-    saved = sorted((tmp_path / "run").rglob("model.safetensors"))
+    saved = sorted(out.rglob("model.safetensors"))
     assert len(saved) == 2
-    before = load_policy(start).model.state_dict()
+    before = load_policy(tiny_folder).model.state_dict()
     for path in saved:
         after = load_policy(path.parent).model.state_dict()
         changed = {name for name in before if not same(before[name], after[name])}

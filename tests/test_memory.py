@@ -65,7 +65,7 @@ def larger(start, tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a run took is read from /proc")
-@pytest.mark.parametrize("more", [[], ["recompute"], ["lora"]])
+@pytest.mark.parametrize("more", [[], ["recompute"], ["lora"]], ids=" ".join)
 def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
     if "lora" in more:
         pytest.importorskip("peft")
@@ -169,7 +169,7 @@ def test_what_the_readme_says_of_qwen():
     assert "0.5B, 1.5B and 3B take {:.0f}, {:.0f} and {:.0f} GB".format(*most) in readme
 
 
-def test_what_the_readme_says_of_qwen_with_adapters():
+def test_what_the_readme_says_of_qwen_with_lora():
     pytest.importorskip("peft")
     readme = " ".join((ROOT / "README.md").read_text().split())
     most = [gigabytes_of_qwen(size, rollouts=64, lora=16) for size in QWEN25]
