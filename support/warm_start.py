@@ -415,9 +415,9 @@ class Liveness(NamedTuple):
         """
         return (
             f"{'live' if self.live else 'not live'}: success {self.cool_success:.1%} at "
-            f"temperature 0.5 is {self.ratio:.2f} times the {self.success:.1%} at 1 (wanted: 1.50), and "
-            f"{self.best:.1%} of the calls at 1 are best ones, by chance {self.chance:.1%} "
-            f"(wanted: {self.chance + 0.1:.1%})"
+            f"temperature 0.5 is {self.ratio:.2f} times the {self.success:.1%} at 1 (wanted: "
+            f"1.50), and {self.best:.1%} of the calls at 1 are best ones, by chance "
+            f"{self.chance:.1%} (wanted: {self.chance + 0.1:.1%})"
         )
 
 
