@@ -13,9 +13,10 @@ An environment has four things:
 
 Whatever has these four can be trained in, by its file: `--env FILE.py:NAME` (worlds/imported.py).
 
-The worlds of this project have four more, for the warm start alone: `demonstrate(rng, skill)`
+The worlds of this project have five more, for the warm start alone: `demonstrate(rng, skill)`
 writes the turn of a scripted player, `skill` is how often that player usually picks a best move,
-`done` says that the episode is over, and `malformed` counts the malformed turns.
+`choices()` lists the best calls of the turn and all calls that make sense, `done` says that the
+episode is over, and `malformed` counts the malformed turns.
 
 The bytes that we label ACTION (segment.py) are exactly the bytes that the environment parses as
 the call: those between the first `<tool_call>` and the next `</tool_call>`, or the end of the turn.
@@ -415,11 +416,20 @@ class FrozenLake(World):
     def demonstrate(self, rng: random.Random, skill: float) -> str:
         """A turn that states true facts, and with probability `skill` makes a move of a shortest
         walk around the holes; otherwise another move."""
-        nearer = {cell for cell, left in self.distance.items() if left < self.distance[self.player]}
-        best = [name for name in DIRECTIONS if self._neighbour(self.player, name) in nearer]
-        move = {"direction": choose(rng, skill, best, list(DIRECTIONS))}
+        _, move = choose(rng, skill, *self.choices())
         plan = self.plan.format(**move)
         return write_turn(self._think(self._facts(rng), rng) + plan, "move", move)
+
+    def choices(self) -> tuple[list[Call], list[Call]]:
+        """The best calls of this turn, which are the moves of a shortest walk, and all calls."""
+        nearer = {cell for cell, left in self.distance.items() if left < self.distance[self.player]}
+        options = [Call("move", {"direction": name}) for name in DIRECTIONS]
+        best = [
+            call
+            for call in options
+            if self._neighbour(self.player, call.arguments["direction"]) in nearer
+        ]
+        return best, options
 
     def _facts(self, rng: random.Random) -> list[str]:
         sides = [f"{side} is {what}" for side, what in rng.sample(list(self._sides().items()), 4)]

@@ -19,7 +19,7 @@ from arms import ARMS
 from studies.data import DATA, FIGURES, Run, diagnoses, read_settings, read_table, runs_of
 from studies.pairs import Pair, doses, trained_pairs
 from studies.stats import t_interval
-from studies.tables import Comparison, arms_of
+from studies.tables import Comparison, arms_of, state_rows
 
 Curve = tuple[Sequence[int], Sequence[float]]  # iterations, values
 
@@ -54,6 +54,8 @@ def draw_all() -> None:
     draw_signal()
     draw_bottleneck("action-bottleneck/sokoban-committed", "committed", "bottleneck-sokoban.png")
     draw_bottleneck("action-bottleneck/sokoban", "earlier", "bottleneck-sokoban-earlier.png")
+    if any(row.tokens == "first turn" for row in state_rows()):
+        draw_states()
     draw_growth()
 
 
@@ -517,6 +519,35 @@ def draw_correlations(axes: Axes, results: Mapping[tuple[str, str], dict]) -> No
     axes.set(title="rank correlation with\nthe reward variance", xlabel="Spearman's ρ")
     axes.title.set_fontsize(11)
     plain(axes)
+
+
+def draw_states() -> None:
+    """Energy against the variance of rewards, within one state and over whole episodes: for each
+    world three dots, the correlation and what is left of it given success and number of turns."""
+    rows = state_rows()
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    for axes, tokens in zip(panels, ("whole episodes", "first turn"), strict=True):
+        chosen = [row for row in rows if row.tokens == tokens]
+        for y, row in enumerate(chosen):
+            found = (row.action, row.given_success, row.given_turns)
+            for lower, marker, filled, (rho, low, high) in zip(
+                (-0.22, 0, 0.22), "osD", (True, False, False), found, strict=True
+            ):
+                color = WORLDS[row.world][1]
+                axes.errorbar(
+                    rho, y + lower, xerr=[[abs(rho - low)], [abs(high - rho)]], fmt=marker,
+                    color=color, mfc=color if filled else "white", capsize=3,
+                )  # fmt: skip
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(chosen)), [WORLDS[row.world][0] for row in chosen])
+        axes.set(title=f"energies of {tokens}", ylim=(len(chosen) - 0.5, -0.5), xlim=(-1, 1))
+        axes.set_xlabel("rank correlation with the variance of rewards")
+        plain(axes, grid="x")
+    figure.suptitle(
+        "Energy of action tokens; square: given success, diamond: given the number of turns"
+    )
+    figure.savefig(FIGURES / "states.png", dpi=110)
 
 
 # ------------------------------------------------------------------------------------------- speed

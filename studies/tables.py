@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from arms import ARMS
 from studies.data import Run, all_runs, diagnoses, runs_of
-from studies.diagnose import spearman, spearman_test
+from studies.diagnose import partial_interval, partial_spearman, spearman, spearman_test
 from studies.pairs import doses, trained_pairs
 from studies.stats import T_975, t_interval
+from worlds import ENVIRONMENTS
 
 Comparison = dict[str, dict[int, Run]]  # by label, the runs by seed; the first is the baseline
 
@@ -48,6 +50,7 @@ def all_tables() -> str:
     sections.append(f"## What was promised, and what was gained\n\n{pairs_table()}\n")
     sections.append(f"## Dose and response\n\n{doses_table()}\n")
     sections.append(f"## Signal over noise\n\n{signal_table()}\n\n{agreement()}\n")
+    sections.append(f"## Energy within one state\n\n{states_table()}\n")
     sections.append(f"## All diagnoses of energy\n\n{diagnoses_table()}\n")
     return "\n".join(sections)
 
@@ -548,6 +551,59 @@ def agreement() -> str:
         "Mean cosine of the gradients of successive mini-batches in FrozenLake's training, "
         f"ActFocus less GRPO: {with_interval(more, digits=3)} ({won}/{len(more)} seeds)."
     )
+
+
+class StateRow(NamedTuple):
+    """What a diagnosis says of action tokens' energy, and of reasoning tokens'. Each is a rank
+    correlation with the variance of a group's rewards: its value and its 95 % interval."""
+
+    world: str
+    tokens: str  # of which turns
+    action: tuple[float, float, float]
+    given_success: tuple[float, float, float]
+    given_turns: tuple[float, float, float]
+    reasoning: tuple[float, float, float]
+
+
+def state_rows() -> list[StateRow]:
+    """For each world, from the committed start: energies over whole episodes, and over the first
+    turn alone, in which all rollouts of a group are in the same state; as far as they were run."""
+    rows = []
+    groups_of, correlations_of = diagnoses("diagnosis_groups"), diagnoses("correlations")
+    for world in ENVIRONMENTS:
+        for suffix, tokens in (("committed", "whole episodes"), ("turn1", "first turn")):
+            experiment = f"action-bottleneck/{world}-{suffix}"
+            if experiment not in groups_of:
+                continue
+            energy, variance, success, turns = (
+                np.array([float(group[name]) for group in groups_of[experiment]])
+                for name in ("energy_action", "reward_variance", "success", "turns")
+            )
+            of_tokens = {
+                row["tokens"]: tuple(float(row[name]) for name in ("rho", "low", "high"))
+                for row in correlations_of[experiment]
+                if row["signal"] == "energy"
+            }
+            partial = []
+            for given in (success, turns):
+                value = partial_spearman(energy, variance, given)
+                interval = partial_interval(energy, variance, given, np.random.default_rng(0))
+                partial.append((value, *interval))
+            rows.append(
+                StateRow(world, tokens, of_tokens["action"], *partial, of_tokens["reasoning"])
+            )
+    return rows
+
+
+def states_table() -> str:
+    """A row for each of `state_rows`."""
+    heads = ("world", "energies of", "action tokens", "given success", "given turns",
+             "reasoning tokens")  # fmt: skip
+    lines = [
+        [world, tokens, *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*each) for each in found)]
+        for world, tokens, *found in state_rows()
+    ]
+    return markdown(heads, lines)
 
 
 def diagnoses_table() -> str:

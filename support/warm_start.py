@@ -2,6 +2,7 @@
 
     python -m support.warm_start --env sokoban                 # makes starts/sokoban anew
     python -m support.warm_start --env sokoban --model FOLDER --out OUT  # teaches a checkpoint
+    python -m support.warm_start --env sokoban --check         # is starts/sokoban live?
 
 A model with random weights cannot play, and a small pretrained model seldom calls a tool as it
 should. RL would have no successes to learn from. So the policy first imitates a scripted player
@@ -13,6 +14,11 @@ tokenizer that is learned from the same demonstrations. The built-in models of a
 committed to the folder starts/, because rounding would make them slightly different models on
 another machine. One with other settings is made when it is first used, and cached in
 $ACTFOCUS_CACHE, or ~/.cache/actfocus if that is not set.
+
+RL makes what a model already tends to do more likely, so a start has to tend towards the right
+calls. Two figures tell whether it does, and the rule is the same for every world: a start is *live*
+if it succeeds at temperature 0.5 at least 1.5 times as often as at temperature 1, and if its calls
+are best ones at least ten points more often than calls drawn at random would be.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -28,6 +35,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -39,6 +47,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from energy import token_stats
+from envs import Step, read_call
 from fused_loss import fused_policy_loss
 from model_checks import check_length
 from policy import Policy, load_policy
@@ -51,6 +60,7 @@ STARTS = Path(__file__).parents[1] / "starts"
 # these numbers, demonstrations have seeds from it on, and evaluations from the second on.
 WARM_START_SEEDS = 1_000_000_000
 EVAL_SEEDS = 2_000_000_000
+CHECK_SEEDS = 4_000_000_000  # and on: for the question whether a start is live, and nothing else
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, start of a message, its end
 # How the tokenizer splits text before it merges bytes: Qwen2's rule, except that a digit takes the
 # space before it along, and that the name of a cell (c4) or a tag is one piece.
@@ -374,6 +384,75 @@ def measure(
     )
 
 
+class Judged:
+    """A world that notes whether the call of each turn is a best one, and how likely one is that is
+    drawn at random from all calls that make sense. Turns without a best call are left out."""
+
+    def __init__(self, env):
+        self.env = env
+        self.system, self.tools, self.reset = env.system, env.tools, env.reset
+        self.hits: list[bool] = []
+        self.chances: list[float] = []
+
+    def step(self, reply: str) -> Step:
+        best, options = self.env.choices()
+        if best:
+            call, _ = read_call(reply, self.env.tools)
+            self.hits.append(call in best)
+            self.chances.append(len(best) / len(options))
+        return self.env.step(reply)
+
+
+class Liveness(NamedTuple):
+    """What tells whether there is something in a start that RL can sharpen."""
+
+    cool_success: float  # share of episodes that succeed at temperature 0.5
+    success: float  # at temperature 1
+    best: float  # share of turns whose call is a best one, at temperature 1
+    chance: float  # what it would be if the calls were drawn at random
+
+    @property
+    def ratio(self) -> float:
+        """How many times the success at temperature 1 that at 0.5 is."""
+        if self.success == 0:
+            return math.inf if self.cool_success else 0.0
+        return self.cool_success / self.success
+
+    @property
+    def live(self) -> bool:
+        return self.ratio >= 1.5 and self.best >= self.chance + 0.1
+
+    def __str__(self) -> str:
+        """In words.
+
+        >>> print(Liveness(0.3, 0.1, 0.5, 0.25))  # doctest: +NORMALIZE_WHITESPACE
+        live: success 30.0% at temperature 0.5 is 3.00 times the 10.0% at 1 (wanted: 1.50), and
+        50.0% of the calls at 1 are best ones, by chance 25.0% (wanted: 35.0%)
+        """
+        return (
+            f"{'live' if self.live else 'not live'}: success {self.cool_success:.1%} at "
+            f"temperature 0.5 is {self.ratio:.2f} times the {self.success:.1%} at 1 (wanted: "
+            f"1.50), and {self.best:.1%} of the calls at 1 are best ones, by chance "
+            f"{self.chance:.1%} (wanted: {self.chance + 0.1:.1%})"
+        )
+
+
+def check(policy: Policy, settings: WarmStart, episodes: int = 512) -> Liveness:
+    """Play so many episodes at either temperature, on boards that nothing else uses."""
+    seeds = range(CHECK_SEEDS, CHECK_SEEDS + episodes)
+    cool = rollout(policy, settings.make_env, seeds, temperature=0.5)
+    worlds = [Judged(settings.make_env()) for _ in seeds]
+    usual = rollout(policy, iter(worlds).__next__, seeds, temperature=1.0)
+    hits = [hit for world in worlds for hit in world.hits]
+    chances = [chance for world in worlds for chance in world.chances]
+    return Liveness(
+        cool_success=cool.success.float().mean().item(),
+        success=usual.success.float().mean().item(),
+        best=sum(hits) / len(hits),
+        chance=sum(chances) / len(chances),
+    )
+
+
 START_README = """# The built-in model of {env}
 
 What training starts from, for everyone: {parameters:,} parameters, float32, made by
@@ -384,6 +463,8 @@ with torch {torch} and transformers {transformers}; rounding makes it another mo
 machine. `start.json` names what it belongs to. Over the 128 episodes of evaluation:
 
 {lines}
+
+Over 512 other boards it is {liveness}.
 """
 
 
@@ -395,6 +476,7 @@ def make_start(settings: WarmStart, folder: Path) -> None:
     write_stamp(folder, settings)
     text = START_README.format(
         env=settings.env, parameters=policy.model.num_parameters(), lines="\n".join(lines),
+        liveness=check(policy, settings),
         torch=torch.__version__.partition("+")[0], transformers=transformers.__version__,
     )  # fmt: skip
     (folder / "README.md").write_text(text)
@@ -489,6 +571,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="The most tokens of an episode that --model plays or imitates, the prompt included. "
         f"(default: {MAX_TOKENS})",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="Tell whether the built-in model of these settings, or the one in --out, is live, and "
+        "write nothing.",
+    )
     parser.add_argument("--device", help="The torch device to teach --model on. (default: cpu)")
     parser.add_argument(
         "--bfloat16", action="store_true", help="Teach --model in bfloat16 on a CPU as well."
@@ -509,6 +597,7 @@ def main(argv: list[str] | None = None) -> None:
     max_tokens = given.pop("max_tokens", MAX_TOKENS)
     device = given.pop("device", "cpu")
     bfloat16 = given.pop("bfloat16", False)
+    only_check = given.pop("check", False)
     usual = FOR_A_CHECKPOINT if model else {}
     try:
         settings = WarmStart(**usual | given)
@@ -517,6 +606,12 @@ def main(argv: list[str] | None = None) -> None:
         least = settings.window_batch  # windows; an episode has at least one
         if settings.window_steps + settings.episode_steps < 1 or settings.episodes < least:
             raise ValueError(f"there must be a step, and at least {least} --episodes for it")
+        if only_check and model:
+            raise ValueError("--check is for a start: leave out --model, and name it by --out")
+        if only_check:
+            policy = load_policy(out or start_folder(**asdict(settings)), device, bfloat16)
+            print(f"{settings.env} is {check(policy, settings)}")
+            return
         others = is_imported(settings.env) or settings != WarmStart(settings.env)
         if not out and (model or others):
             raise ValueError(

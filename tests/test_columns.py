@@ -78,7 +78,7 @@ def test_a_class_without_a_token_has_no_columns():
 
 def test_columns_of_classes_are_those_of_the_written_formula(built_in, played):
     """With a learning rate of 0 the policy stays as it is: the entropies are those of its logits,
-    whatever the mini-batches are, and the mean over all tokens lies between those of classes."""
+    whatever the mini-batches are."""
     config = Config(minibatch=2, micro_tokens=700, device="cpu")
     optimizer = torch.optim.SGD(built_in.model.parameters(), lr=0.0)
     advantages = group_advantages(played.rewards, 2)[:, None].expand(played.ids.shape)
@@ -95,7 +95,7 @@ def test_columns_of_classes_are_those_of_the_written_formula(built_in, played):
         assert row[f"kl_{name}"] == pytest.approx(0, abs=1e-6)
     assert row["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
     again = policy_entropy(built_in, played, config)[played.response]
-    torch.testing.assert_close(again.double(), entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.double(), entropy, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------- the distance

@@ -14,6 +14,7 @@ import transformers
 from conftest import TINY
 from test_policy import THINKING_TEMPLATE, as_text, foreign_checkpoint
 
+from envs import read_call, write_turn
 from policy import load_policy
 from rollout import rollout
 from support import warm_start as warm_start_module
@@ -22,6 +23,8 @@ from support.warm_start import (
     EVAL_SEEDS,
     STARTS,
     WARM_START_SEEDS,
+    Judged,
+    Liveness,
     WarmStart,
     build,
     demonstrations,
@@ -278,11 +281,80 @@ def test_imitation_covers_the_replies_and_nothing_else(tiny):
     assert ids[~mask].tolist() == sum(frames, [])
 
 
+# --------------------------------------------------------------------------------- is a start live?
+@pytest.mark.parametrize("env", ENVIRONMENTS)
+def test_the_scripted_player_plays_best_calls_as_often_as_its_skill_says(env):
+    """By the same judge as a model: always with skill 1, never with skill 0 (where there are other
+    calls), and no call is written of that the world would not take."""
+    for skill, expected in ((1.0, 1.0), (0.0, 0.0)):
+        world, rng = Judged(make_env(env)), random.Random(0)
+        for seed in range(20):
+            world.reset(seed)
+            while not world.env.done:
+                for call in world.env.choices()[1]:
+                    turn = write_turn("", call.name, call.arguments)
+                    assert read_call(turn, world.tools)[0] == call
+                world.step(world.env.demonstrate(rng, skill))
+        assert sum(world.hits) / len(world.hits) == expected
+        assert all(0 < chance < 1 for chance in world.chances)
+
+
+def test_chance_is_what_calls_at_random_come_to():
+    world, rng = Judged(make_env("sokoban")), random.Random(0)
+    for seed in range(300):
+        world.reset(seed)
+        while not world.env.done:
+            call = rng.choice(world.env.choices()[1])
+            world.step(write_turn("", call.name, call.arguments))
+    chance = sum(world.chances) / len(world.chances)
+    assert sum(world.hits) / len(world.hits) == pytest.approx(chance, abs=0.03)
+
+
+def test_a_turn_without_a_call_is_no_best_one_and_a_lost_level_has_none():
+    world = Judged(make_env("frozenlake"))
+    world.reset(0)
+    world.step("no call")
+    assert world.hits == [False] and world.chances[0] in (0.25, 0.5)
+    level = Judged(make_env("sokoban"))
+    level.reset(0)
+    level.env.boxes = ((-9, -9),)  # out of reach
+    level.step("no call")
+    assert level.hits == [] == level.chances
+
+
+@pytest.mark.parametrize(
+    "figures, live",
+    [
+        ((0.31, 0.20, 0.45, 0.30), True),
+        ((0.29, 0.20, 0.45, 0.30), False),  # a ratio of 1.45
+        ((0.31, 0.20, 0.39, 0.30), False),  # nine points above chance
+        ((0.10, 0.00, 0.45, 0.30), True),
+        ((0.00, 0.00, 0.45, 0.30), False),
+    ],
+)
+def test_the_rule_of_live_starts(figures, live):
+    assert Liveness(*figures).live == live
+    assert str(Liveness(*figures)).startswith("live: " if live else "not live: ")
+
+
+def test_the_script_checks_a_start_and_writes_nothing(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACTFOCUS_CACHE", str(tmp_path))
+    main(["--env", "frozenlake", "--check"])
+    said = capsys.readouterr().out
+    assert said.startswith("frozenlake is ") and "of the calls at 1 are best ones" in said
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        main(["--env", "frozenlake", "--check", "--model", "any"])
+    assert "leave out --model" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------- the script
 @pytest.fixture
 def quick(monkeypatch):
-    """Measured over four episodes of at most 900 tokens instead of hundreds: untaught models babble
-    as long as they may."""
+    """Measured and checked over four episodes instead of hundreds, of at most 900 tokens: untaught
+    models babble as long as they may."""
+    check = warm_start_module.check
+    monkeypatch.setattr(warm_start_module, "check", lambda policy, where: check(policy, where, 4))
     measure = warm_start_module.measure
 
     def quickly(policy, settings, temperature, episodes=0, max_tokens=0):
@@ -298,7 +370,8 @@ def test_the_script_makes_a_start_with_all_that_belongs_to_it(quick, tmp_path, m
     settings = WarmStart("shop", thoughts=2, episodes=320, window_steps=1, episode_steps=1)
     assert stamp["fingerprint"] == fingerprint(settings) and stamp["vocabulary"] == 800
     text = (tmp_path / "shop" / "README.md").read_text()
-    assert "python -m support.warm_start --env shop" in text and text.count("success") == 2
+    assert "python -m support.warm_start --env shop" in text and text.count("success") == 3
+    assert "Over 512 other boards it is not live: " in text
     monkeypatch.setattr(warm_start_module, "STARTS", tmp_path)
     found = start_folder("shop", thoughts=2, episodes=320, window_steps=1, episode_steps=1)
     assert found == tmp_path / "shop" and load_policy(found).model.num_parameters() > 300_000

@@ -101,23 +101,34 @@ class Shop(World):
         either, search for the whole title. Otherwise it does what a careless person may do: search
         for one word of the title, open any item of the list, or buy any of them in any size.
         """
+        careless = [Call("search", {"query": rng.choice(self.title.split())})]
+        if self.results:
+            code = rng.choice(self.results).code
+            careless.append(Call("open", {"item": code}))
+            careless.append(Call("buy", {"item": code, "size": rng.choice(SIZES)}))
+        thought = self._think(self._facts(rng), rng)
+        name, arguments = choose(rng, skill, self._best_calls(), careless)
+        return write_turn(thought, name, arguments)
+
+    def _best_calls(self) -> list[Call]:
         verdicts = self._verdicts()
         fitting = [code for code in verdicts if verdicts[code] == "fits"]
         possible = [code for code in verdicts if verdicts[code] == "may fit"]
         if fitting:
-            best = [("buy", {"item": code, "size": self.size}) for code in fitting]
-        elif possible:
-            best = [("open", {"item": code}) for code in possible]
-        else:
-            best = [("search", {"query": self.title})]
-        careless = [("search", {"query": rng.choice(self.title.split())})]
-        if self.results:
-            code = rng.choice(self.results).code
-            careless.append(("open", {"item": code}))
-            careless.append(("buy", {"item": code, "size": rng.choice(SIZES)}))
-        thought = self._think(self._facts(rng), rng)
-        name, arguments = choose(rng, skill, best, careless)
-        return write_turn(thought, name, arguments)
+            return [Call("buy", {"item": code, "size": self.size}) for code in fitting]
+        if possible:
+            return [Call("open", {"item": code}) for code in possible]
+        return [Call("search", {"query": self.title})]
+
+    def choices(self) -> tuple[list[Call], list[Call]]:
+        """The best calls of this turn, and these together with all careless ones: a search for one
+        word of the title, and to open or to buy, in any size, any item of the list."""
+        best = self._best_calls()
+        options = [Call("search", {"query": word}) for word in self.title.split()]
+        for item in self.results:
+            options.append(Call("open", {"item": item.code}))
+            options += [Call("buy", {"item": item.code, "size": size}) for size in SIZES]
+        return best, [call for call in best if call not in options] + options
 
     def _facts(self, rng: random.Random) -> list[str]:
         """What is wanted, and what is known of each item of the list."""

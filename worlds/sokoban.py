@@ -77,10 +77,20 @@ class Sokoban(World):
     def demonstrate(self, rng: random.Random, skill: float) -> str:
         """A turn that states true facts, and with probability `skill` makes a move that brings the
         solution nearer; otherwise another move."""
-        here = self._moves_needed((self.player, self.boxes))
-        best = [name for name in DIRECTIONS if self._moves_needed(self._after(name)) < here]
-        move = {"direction": choose(rng, skill, best, list(DIRECTIONS))}
+        _, move = choose(rng, skill, *self.choices())
         return write_turn(self._think(self._facts(rng), rng), "move", move)
+
+    def choices(self) -> tuple[list[Call], list[Call]]:
+        """The best calls of this turn, which bring the solution nearer (none do if the level is
+        lost), and all calls."""
+        here = self._moves_needed((self.player, self.boxes))
+        options = [Call("move", {"direction": name}) for name in DIRECTIONS]
+        best = [
+            call
+            for call in options
+            if self._moves_needed(self._after(call.arguments["direction"])) < here
+        ]
+        return best, options
 
     def _facts(self, rng: random.Random) -> list[str]:
         """Where everything is, what is around the player, and the push that leads to the solution

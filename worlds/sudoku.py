@@ -82,6 +82,19 @@ class Sudoku(World):
         place = {"row": cell[0] + 1, "column": COLUMNS[cell[1]], "digit": digit}
         return write_turn(thought, "place", place)
 
+    def choices(self) -> tuple[list[Call], list[Call]]:
+        """The best calls of this turn, which are the right digits of all empty cells, and all calls
+        that write a digit on an empty cell."""
+        options = {}
+        for row, column in SUDOKU_CELLS:
+            if (row, column) not in self.board:
+                for digit in (1, 2, 3, 4):
+                    place = {"row": row + 1, "column": COLUMNS[column], "digit": digit}
+                    options[row, column, digit] = Call("place", place)
+        empty = [cell for cell in SUDOKU_CELLS if cell not in self.board]
+        best = [options[*cell, self.solution[cell]] for cell in empty]
+        return best, list(options.values())
+
     def _tightest(self) -> Cell:
         """The empty cell with the fewest choices, which is the one that sees the most digits."""
         empty = [cell for cell in SUDOKU_CELLS if cell not in self.board]
