@@ -22,6 +22,7 @@ from rollout import repeated, rollout, score_all, scored_hidden
 from support.checkpoint import Checkpoints
 from support.config import ActFocusConfig, parse
 from support.logs import appended_files
+from support.processes import Interruption
 from worlds import make_env
 
 pytest.importorskip("peft")
@@ -236,7 +237,8 @@ def train(config, name):
     model = config.model
     policy = load_with_adapters(model, config) if config.lora else load_policy(model)
     start = train_grpo.copy_of_weights(policy)
-    checkpoints = Checkpoints(Path(config.out), config.checkpoint_every, {}, appended_files)
+    out = Path(config.out)
+    checkpoints = Checkpoints(out, out, config.checkpoint_every, {}, appended_files, Interruption())
     if config.resume:
         checkpoints.load_latest()
     train_grpo.train(policy, start, config, name, ARMS[name], checkpoints)
