@@ -1,12 +1,13 @@
 """The method on one screen: token weights, group advantages, the loss. Tensors in, tensors out.
 
     advantages = group_advantages(rewards, group_size)               # GRPO
-    weights = actfocus_weights(energy, reasoning, action, response)  # all that ActFocus adds
+    weights = actfocus_weights(energy, reasoning, action, response)  # ActFocus
     loss = clipped_loss(logprob, old_logprob, advantages, weights)   # alpha = 1, beta = 0: GRPO
 
-B trajectories have T tokens; masks say which of them the model wrote (`response`), and which of
-those are reasoning and which action. The formulas are those of arXiv 2605.14558, except where a
-line says "our decision".
+B episodes have T tokens each; masks say which of them the model wrote (`response`), and which of
+those are reasoning and which action. `logprob` is the log-probability of each token now, and
+`old_logprob` what it was when the token was sampled. The formulas are those of arXiv 2605.14558,
+except where a line says "our decision".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-EPS = 1e-6  # in both standardisations (the paper's for advantages; our decision for the signal's)
+EPS = 1e-6  # added to the std of rewards (the paper's) and to the variance of energies (ours)
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
@@ -65,8 +66,9 @@ def actfocus_weights(
     action tokens of the batch (population, sqrt(var + eps)). Any other response token (tags, white
     space, end of turn): 1 (our decision).
 
-    signal: (B, T) float, the uncertainty of each token, by default the frozen reference's energy;
-    read at action tokens only. reasoning, action, response: (B, T) bool.
+    signal: (B, T) float, the uncertainty of each token. ActFocus takes the frozen reference's
+    energy; arms.py has other signals. It is read at action tokens only. reasoning, action,
+    response: (B, T) bool.
     Raises ValueError for shapes that differ, alpha outside [0, 1] or beta < 0.
 
     >>> reasoning = torch.tensor([[1, 1, 0, 0, 0, 0]]).bool()
@@ -104,10 +106,11 @@ def clipped_loss(
 ) -> Tensor:
     """L = -sum(w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)) / sum(w), rho = pi / pi_old.
 
-    logprob, old_logprob, weights: (B, T); advantages: (B,), one per trajectory, or (B, T). Without
-    padding, all may be (N,). Returns a scalar. Where a weight is 0, log-probs and advantages
-    are never looked at. normalizer: what to divide by, by default weights.sum(); pass the whole
-    mini-batch's sum of weights when micro-batches are accumulated. If it is 0 the loss is 0.
+    logprob, old_logprob, weights: (B, T); advantages: (B,), one per episode, or (B, T). All four
+    may also be flat, (N,) for N tokens without padding. Returns a scalar. Where a weight is 0,
+    log-probs and advantages are never looked at. normalizer: what to divide by, by default
+    weights.sum(). Where a mini-batch is split into micro-batches, whose gradients add up, pass the
+    sum of weights of the whole mini-batch. If it is 0 the loss is 0.
 
     >>> old = torch.zeros(1, 3)
     >>> new = torch.tensor([[0.0, 0.5, -0.5]])  # ratios 1, 1.65, 0.61
@@ -134,8 +137,10 @@ def reweight_advantages(advantages: Tensor, weights: Tensor, response: Tensor) -
     advantages and averages over tokens.
 
     advantages: (B,) or (B, T); weights: (B, T) from `actfocus_weights`; response: (B, T) bool, N of
-    them True. Exact since w >= 0. N and sum(w) must be those of the batch that is averaged over.
-    Where a token has no weight the advantage is never looked at, and the result is 0.
+    them True. This is exact, because a weight that is not negative may move inside the minimum of
+    the clipped loss. N and sum(w) are those of the tensors that are passed, which must hold all
+    that is averaged over. Where a token has no weight the advantage is never looked at, and the
+    result is 0.
 
     >>> weights, response = torch.tensor([[0.5, 1.5, 0.0]]), torch.tensor([[True, True, False]])
     >>> reweight_advantages(torch.tensor([2.0]), weights, response)

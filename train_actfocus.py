@@ -2,7 +2,7 @@
 
     python train_actfocus.py                  # both arms, one picture
     python train_actfocus.py --arms actfocus  # only one arm; arms.py lists them all
-    python train_actfocus.py --arms grpo,discount,placebo
+    python train_actfocus.py --arms grpo,discount,placebo  # no energy term; random tokens
 
 The loop is `train` of train_grpo.py. What ActFocus changes in it is stage 6, the weights of the
 tokens, and nothing else. This script shows these weights on one turn of the policy, and then trains
@@ -42,10 +42,9 @@ class OneTurn:
 def show_one_turn(policy: Policy, config: ActFocusConfig, arms: dict[str, Arm]) -> None:
     """Play one turn, and print what each of its tokens weighs in the loss of each arm.
 
-    This happens before training, when the policy is still equal to the frozen reference, so that
-    the policy's own energies are those of the reference, and its entropies likewise. Nothing of the
-    training depends on it: the policy stays as it is, and the sampling uses random numbers of its
-    own.
+    Before training the policy equals the frozen reference, so energies and entropies are read from
+    the policy, and no second model is needed. Nothing of the training depends on this: the policy
+    stays as it is, and the sampling uses random numbers of its own.
     """
     rollouts = rollout(
         policy, lambda: OneTurn(make_env(config.env)), [TURN_SEED], config.temperature,
@@ -62,15 +61,16 @@ def show_one_turn(policy: Policy, config: ActFocusConfig, arms: dict[str, Arm]) 
 
     print(
         "\nOne turn of the policy before training, and how much each token of it weighs in\n"
-        "the loss. The energy tells how unsure the reference is before an action token:\n"
-        "the weight depends on it, compared with the other action tokens of the batch\n"
-        "(here: of this turn). A line for several tokens shows their mean weight.\n"
+        "the loss. The energy tells how unsure the reference is before an action token: the\n"
+        "higher it is among the action tokens of the batch, the more the token weighs. Here\n"
+        "the batch is this one turn, so in training the weights are somewhat different. A\n"
+        "line for several tokens shows their mean weight.\n"
     )
     _, turn, _ = first_turn(pieces(policy, rollouts, row=0))
     columns = {"energy": energy[0]} | {name: values[0] for name, values in weights.items()}
     print_token_table(turn, rollouts.labels[0], columns)
     if not action.any():
-        print("The policy has written no tool call in this turn, so that no token is an action.")
+        print("The policy has written no tool call in this turn, so no token is an action.")
     print("\nThe share of the whole weight that lies on the tokens of each class:\n")
     print_weight_shares(rollouts.labels, weights)
     print()

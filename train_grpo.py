@@ -10,8 +10,8 @@ The stages, with the numbers that the README and walkthrough.py use as well:
     3   play groups              each prompt several times
     4   segment                  each sampled token is reasoning, action or format
     5   advantages               within each group, or from PPO's critic
-    6a  the reference reads      for arms that ask for it, and for a KL term
-    6b  token weights            with 6a, all that ActFocus changes
+    6a  the reference reads      only for arms that use its energy, or for a KL penalty
+    6b  token weights            all that ActFocus changes in the update
     7   mini-batch updates       one optimizer step for each mini-batch
     8   log                      a row of the CSV
     9   draw                     curves.png and episodes.html
@@ -65,9 +65,10 @@ from support.side_by_side import arms_at_once, choose_threads, train_side_by_sid
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
-Weights = dict[str, Tensor]  # by name
-# How far the log-probs of playing and training may lie apart, in nats: the 99th percentile. What
-# rounding makes was measured on SmolLM2-135M: 0.00002 in float32, and 0.08 in bfloat16.
+Weights = dict[str, Tensor]  # of a model, by name; not those of tokens
+# A token has nearly the same log-prob when it is sampled and when the update begins. If the 99th
+# percentile of the difference exceeds this, in nats, the run ends with a sentence. Rounding alone
+# makes 0.00002 in float32 and 0.08 in bfloat16 (measured on SmolLM2-135M).
 SAMPLING_GAP = 0.05
 SAMPLING_GAP_BFLOAT16 = 0.5
 
@@ -92,7 +93,7 @@ def train(
     estimator = make_critic(policy, config) if arm.critic else GroupAdvantages(config.group_size)
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
     rng = random.Random(config.seed)  # draws prompts and shuffles mini-batches
-    guard = Guard(name)
+    guard = Guard(name)  # leaves out updates that are not finite
     stateful = {"policy": policy, "optimizer": optimizer}
     if arm.critic:
         stateful["critic"] = estimator
@@ -104,7 +105,8 @@ def train(
         if iteration % config.eval_every == 0:
             log |= evaluate(policy, start, config, name, arm, iteration)  # 2
         began = time.perf_counter()
-        # below WARM_START_SEEDS: none that the warm start has demonstrated
+        # A prompt is a seed of the world. Those from WARM_START_SEEDS on were demonstrated in the
+        # warm start, or belong to evaluations.
         prompts = [rng.randrange(WARM_START_SEEDS) for _ in range(config.prompts)]
         played = play_groups(policy, config, prompts)  # 3 and 4
         log["seconds_play"] = time.perf_counter() - began
@@ -117,7 +119,7 @@ def train(
         log |= update(
             policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard
         )  # 7
-        log |= estimator.fit(rollouts)  # 7b: a critic learns; groups have nothing to learn
+        log |= estimator.fit(rollouts)  # 7b: PPO's critic learns; GRPO has none
         log["seconds"] = time.perf_counter() - began
         log |= measure(played, rollouts, advantages, weights, policy, start, config)
         logs.log_prompts(out / "prompts.csv", name, iteration, prompts, played)
@@ -125,13 +127,13 @@ def train(
         if iteration == 0 and not arm.uniform:
             logs.warn_if_untagged(rollouts.reasoning, rollouts.response)
         if iteration % config.eval_every == 0:
-            logs.draw(checkpoints.whole)  # 9: as far as it is, so that a run can be watched
+            logs.draw(checkpoints.whole)  # 9: what there is so far, so that a run can be watched
         progress.set_postfix_str(f"training success {log['train_success']:.2f}")
         progress.update()
         healthy = guard.healthy(policy.model) and estimator.healthy()
         checkpoints.maybe_save(name, iteration + 1, stateful, rng, last=False, healthy=healthy)
 
-    if first <= config.iterations:  # a resumed arm may have been evaluated already
+    if first <= config.iterations:  # a resumed arm that is complete has iterations + 1 here
         log = {"iteration": config.iterations}
         log |= evaluate(policy, start, config, name, arm, config.iterations)
         logs.log(out / f"{name}.csv", log)
@@ -147,9 +149,9 @@ def evaluate(
 ) -> dict[str, float]:
     """2. Play the evaluation's episodes, the same ones every time. Returns columns of the log.
 
-    After the last iteration it plays --final-eval-episodes, if they are given. The first of them
-    are those of every evaluation, and the columns eval_* are of these alone, so that a curve does
-    not end on other episodes than it began on; the columns final_* are of all of them.
+    The evaluation after the last iteration may play more episodes (--final-eval-episodes). Its
+    first ones are the usual ones. The columns eval_* count only these, so that all points of a
+    curve can be compared; the columns final_* count all.
     """
     out, group_size = Path(config.out), config.eval_group_size
     final = iteration == config.iterations and config.final_eval_episodes is not None

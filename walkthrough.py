@@ -1,12 +1,12 @@
 """One training step, stage by stage, on real data: what ActFocus changes in it, and what that does.
 
-    python walkthrough.py                          # some 15 seconds on a laptop
+    python walkthrough.py                          # 20 seconds on a laptop
     python walkthrough.py --env sudoku --seed 1
 
 The stages have the numbers and the names that they have in the README and in train_grpo.py. Four
-rollouts of one prompt are played. Then GRPO and ActFocus each make one update from the same
-weights, so that the two can be compared. What a real step has beside this: more prompts, several
-mini-batches, and an entropy bonus.
+rollouts of one prompt are played. Then GRPO and ActFocus each make one update from the same model,
+so that the two can be compared. A real iteration plays eight prompts in groups of eight, makes an
+update for each of several mini-batches, and has an entropy bonus in its loss.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from support.warm_start import start_folder
 from worlds import ENVIRONMENTS, make_env
 
 GROUP_SIZE = 4
-LEARNING_RATE = 3e-4  # the default of train_actfocus.py for the built-in model of FrozenLake
+LEARNING_RATE = 3e-4  # the default of train_actfocus.py for the built-in models (but the shop's)
 
 
 def stage(number: str, name: str, explanation: str) -> None:
@@ -64,7 +64,7 @@ def main() -> None:
         "--env",
         default="frozenlake",
         choices=ENVIRONMENTS,
-        help="The world; it needs a built-in model.",
+        help="The world: one of those that have a built-in model.",
     )
     parser.add_argument("--seed", type=int, default=0, help="The seed of the sampling, from 0 on.")
     args = parser.parse_args()
@@ -112,8 +112,9 @@ def main() -> None:
     stage("4", "Segment", """
         Each token that the model wrote has a class: reasoning between the think tags, action
         between the tool_call tags, and format for the tags and all else. A token that belongs to
-        two classes, such as a tag with the line end after it, is action before reasoning before
-        format. Here is the turn again, with the number of tokens of each part.
+        two classes, such as a tag with the line end after it, gets one of them: action takes
+        precedence over reasoning, and reasoning over format. Here is the turn again, with the
+        number of tokens of each part.
         """)  # fmt: skip
     response = rollouts.response  # (4, T) bool: what the model wrote
     reasoning = rollouts.reasoning  # (4, T) bool
@@ -134,8 +135,9 @@ def main() -> None:
 
     stage("6a", "The reference reads the rollouts", """
         Its energy at a token is minus the logsumexp of the logits that predict the token: the
-        higher, the less sure the reference is of what comes. Beside it stands the probability that
-        it gave to the token that the policy then wrote.
+        higher, the less sure the reference is of what comes. The next column is the probability
+        that the reference gave to the token that was then written. Before training, reference and
+        policy are the same model.
         """)  # fmt: skip
     frozen = score_all(reference, rollouts, action, temperature=1.0, micro_tokens=8192)
     energy = frozen.energy  # (4, T), of the action tokens; nothing else is needed
@@ -149,10 +151,10 @@ def main() -> None:
             """)
 
     stage("6b", "Token weights", """
-        This is all that ActFocus changes. Under GRPO every token weighs 1. Under ActFocus a
-        reasoning token weighs alpha = 0.1, an action token 1 + 0.5 * sigmoid((E - mu) / sigma) with
-        its energy E, and a format token 1; mu and sigma are the mean and the standard deviation of
-        the energies of all action tokens of the batch.
+        In the update, the weights are all that ActFocus changes. Under GRPO every token weighs 1.
+        Under ActFocus a reasoning token weighs alpha = 0.1, an action token
+        1 + 0.5 * sigmoid((E - mu) / sigma) with its energy E, and a format token 1; mu and sigma
+        are the mean and the standard deviation of the energies of all action tokens of the batch.
         """)  # fmt: skip
     mu, sigma = energy[action].mean(), energy[action].std(correction=0)
     print(f"mu = {mu:.2f}, sigma = {sigma:.2f}\n")
@@ -222,9 +224,10 @@ def main() -> None:
     say("""
         Then each method made one update with Adam, from the same weights. This is how much it
         changed the log-probability of a call, and that of a thought, on average over the turns of
-        the rollouts that won (a positive advantage) and of those that lost. A change of +0.01 makes
-        a call 1 % more probable. Most tokens of a call are certain already and cannot become more
-        probable; those of a thought can.
+        the rollouts that won, which means that they did better than the mean of their group, and of
+        those that lost. A change of +0.01 makes a call 1 % more probable. Compare the two methods
+        in a row, and not calls with thoughts: most tokens of a call are certain already and cannot
+        become more probable, while those of a thought can.
         """)
     print()
     won = (advantages > 0)[:, None]  # (4, 1) bool
@@ -247,7 +250,9 @@ def main() -> None:
 
     stage("9", "Draw", """
         Skipped here, because a curve takes many such steps. `python train_actfocus.py` makes them
-        with both methods, and draws curves.png.
+        with both methods, and draws curves.png. What you have seen is one step: the same rollouts
+        and the same advantages, with other weights. Whether that helps is told in the README, under
+        "Does it help?".
         """)  # fmt: skip
 
 
