@@ -406,11 +406,14 @@ def summary(out: Path) -> str:
     arm against the first one, prompt by prompt, and where the pictures are."""
     paths = [path for path in log_files(out) if column(path, "eval_success")[1]]
     lines = [
-        "                success rate of evaluation episodes            of training  seconds per",
-        "arm             before    best   after  ± std. error  change      rollouts    iteration",
+        "                ------------- success in evaluation --------    success in  seconds per",
+        "arm             before    best   after  ± std. error  change      training    iteration",
     ]
     lines += [summary_line(path) for path in paths]
-    lines.append("before, after: before and after training; of training rollouts: the mean of all")
+    lines.append(
+        "before, after: before and after training. change: in percentage points. success in "
+        "training: the\nmean over all rollouts of the run."
+    )
     lines.append(
         "± std. error: over the prompts of one evaluation. Every evaluation plays the same prompts "
         "with\nthe same random numbers, whatever --seed is."
@@ -432,7 +435,7 @@ def summary_line(path: Path) -> str:
     training = column(path, "train_success")[1]
     seconds = column(path, "seconds")[1]
     line = f"{path.stem:14}{success[0]:>8.1%}{max(success):>8.1%}{success[-1]:>8.1%}"
-    line += f"{error[-1]:>14.1%}{success[-1] - success[0]:>+8.1%}"
+    line += f"{error[-1]:>14.1%}{100 * (success[-1] - success[0]):>+8.1f}"
     if training:
         line += f"{np.mean(training):>14.1%}{np.mean(seconds):>13.1f}"
     return line

@@ -191,14 +191,15 @@ def test_the_summary_names_its_columns(tmp_path):
     write_run(tmp_path / "now", {"grpo": [0.1, 0.3, 0.2], "actfocus": [0.1, 0.4, 0.5]})
     write_arms(tmp_path / "before", {"grpo": [0.1, 0.3, 0.2], "actfocus": [0.1, 0.4, 0.5]})
     assert summary(tmp_path / "now") == summary(tmp_path / "before")
-    _, names, grpo, actfocus, note, *error, one, two, three = summary(tmp_path / "now").splitlines()
+    lines = summary(tmp_path / "now").splitlines()
+    _, names, grpo, actfocus, note, mean, *error, one, two, three = lines
     rest = [one, two, three]
     assert names.split("  ")[0] == "arm"
     for word in ("before", "best", "after", "± std. error", "change", "iteration"):
         assert word in names
-    assert grpo.split() == ["grpo", "10.0%", "30.0%", "20.0%", "10.0%", "+10.0%", "15.0%", "2.0"]
-    assert actfocus.split()[1:6] == ["10.0%", "50.0%", "50.0%", "10.0%", "+40.0%"]
-    assert "before and after training" in note
+    assert grpo.split() == ["grpo", "10.0%", "30.0%", "20.0%", "10.0%", "+10.0", "15.0%", "2.0"]
+    assert actfocus.split()[1:6] == ["10.0%", "50.0%", "50.0%", "10.0%", "+40.0"]
+    assert "before and after training" in note and "mean over all rollouts" in mean
     assert rest[0].startswith("actfocus minus grpo, in percentage points")
     assert rest[1].startswith("  in training: +13.3, standard error 2.3 over 30 prompts: more than")
     assert rest[2].startswith("  evaluation after 4 iterations: +30.0, standard error 0.0 over")
