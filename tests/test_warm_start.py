@@ -351,10 +351,10 @@ def test_the_script_checks_a_start_and_writes_nothing(quick, tmp_path, monkeypat
 # --------------------------------------------------------------------------------------- the script
 @pytest.fixture
 def quick(monkeypatch):
-    """Measured and checked over four episodes instead of hundreds, of at most 900 tokens: untaught
-    models babble as long as they may."""
+    """Measured over four episodes and checked over two, instead of hundreds, of at most 900 tokens:
+    untaught models babble as long as they may."""
     check = warm_start_module.check
-    monkeypatch.setattr(warm_start_module, "check", lambda policy, where: check(policy, where, 4))
+    monkeypatch.setattr(warm_start_module, "check", lambda policy, where: check(policy, where, 2))
     measure = warm_start_module.measure
 
     def quickly(policy, settings, temperature, episodes=0, max_tokens=0):
