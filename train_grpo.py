@@ -31,6 +31,7 @@ import math
 import random
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -562,6 +563,7 @@ def drawn_at_the_end(config: Config) -> Iterator[None]:
     try:
         yield
     except RunFolderError as error:  # an OSError of a world keeps its traceback
+        traceback.clear_frames(error.__traceback__)  # the progress bar ends before the sentence
         how = how_to_resume(out, config.checkpoint_every, config.env)
         raise SystemExit(f"{out} cannot be written: {error}; {how}") from None
     finally:
