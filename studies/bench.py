@@ -666,7 +666,7 @@ def time_run(args: argparse.Namespace, arms: str, threads: int | None) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(TRAINER), "--env", "frozenlake", "--device", "cpu"]
         command += ["--arms", arms, "--iterations", "2", "--prompts", str(args.prompts)]
-        command += ["--out", f"{folder}/run"]
+        command += ["--eval-episodes", "16", "--out", f"{folder}/run"]
         began = time.perf_counter()
         subprocess.run(command, env=environ, check=True, capture_output=True)
         return time.perf_counter() - began
