@@ -217,7 +217,7 @@ def test_a_null_is_the_gradient_of_its_weighting_with_shuffled_rewards(
         rollouts = replace(rollouts)
         rollouts.rewards = torch.tensor([1.0, 0.5, 0.0, 0.5, 0.75, 0.5, 0.25, 0.5])
         assert (group_advantages(rollouts.rewards, 4) == 0).sum() == 4
-        block = gs.measure_block(built_in, rollouts, frozen, frozen.logprob, Settings())
+        block = gs.measure_block(built_in, rollouts, frozen, frozen, Settings())
     mixed = replace(rollouts)
     seed = int(rollouts.ids.sum())
     mixed.rewards = gs.shuffled(group_advantages(rollouts.rewards, 4), 4, seed)
