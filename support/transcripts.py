@@ -30,6 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from arms import ARMS
@@ -43,7 +44,10 @@ from support.logs import arm_file, arm_names, column, title_of, whole_file
 COLORS = matplotlib.colormaps["YlOrRd"]
 SCALE = Normalize(0, 2)  # of weights
 DARK = 1.4  # the weight from which on text is white
-COLUMNS = 128  # characters in a line of a picture
+LINE_LENGTH = 100  # of a picture, in characters
+FONT_SIZE = 9  # points
+CHARACTER_WIDTH = 0.602 * FONT_SIZE / 72  # inches; 0.602 em in matplotlib's DejaVu Sans Mono
+LINE_HEIGHT = 0.22  # inches
 SHOWN_EPISODES = 4  # of an evaluation, on episodes.html
 
 
@@ -59,7 +63,7 @@ class Box(NamedTuple):
 
     text: str
     position: int | None
-    x: float  # in characters
+    x: int  # in characters
     line: int
 
 
@@ -394,19 +398,12 @@ BODY
 
 # -------------------------------------------------------------------------------------- the picture
 def draw_tokens(path: Path, title: str, transcript: list[Piece], weights: list[float]) -> None:
-    """One transcript as a picture: sampled tokens in boxes, the rest in gray without its line ends.
-    The long instructions before the first turn are left out. weights: by position."""
+    """One transcript as a picture. The long instructions before the first turn are left out.
+    weights: by position."""
     first, *rest = transcript
     if first.position is None:
         first = Piece(after_instructions(first.text), None)
-    boxes = lay_out([first, *rest])
-    lines = boxes[-1].line + 1
-    figure = Figure(figsize=(13, 0.9 + 0.235 * lines), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    draw_boxes(axes, boxes, weights)
-    add_scale(figure, shrink=min(1, 6 / (0.765 + 0.235 * lines)))
-    figure.savefig(path, dpi=110)
+    draw_panels(path, lay_out([first, *rest]), {title: weights})
 
 
 def after_instructions(text: str) -> str:
@@ -420,55 +417,71 @@ def after_instructions(text: str) -> str:
     return "\n".join(lines[named[-1] :] if named else lines)
 
 
-def lay_out(transcript: list[Piece], columns: int = COLUMNS) -> list[Box]:
-    """Sampled tokens beside each other, what stands between them on lines of its own."""
-    boxes, x, line = [], 0.0, 0
+def lay_out(transcript: list[Piece]) -> list[Box]:
+    """Sampled tokens side by side, what stands between them on lines of its own. A token that is
+    longer than a line goes on in the next.
+
+    >>> lay_out([Piece("P b2", None), Piece("I", 5), Piece(" go", 6)])
+    [Box(text='P b2', position=None, x=0, line=0), Box(text='I', position=5, x=0, line=1), \
+Box(text=' go', position=6, x=1, line=1)]
+    """
+    boxes, x, line = [], 0, 0
     for text, position in transcript:
-        if position is None:
-            if x:
-                line += 1
-            shown = text.strip().replace("\n", "⏎")
-            for part in textwrap.wrap(shown, columns, drop_whitespace=False):
-                boxes.append(Box(part, None, 0.0, line))
-                line += 1
-            x = 0.0
-            continue
         shown = text.replace("\n", "⏎")
-        width = 1.06 * len(shown) + 0.7
-        if x + width > columns:
-            x, line = 0.0, line + 1
-        boxes.append(Box(shown, position, x, line))
-        x += width
+        if position is None:
+            shown = text.strip().replace("\n", "⏎")
+            parts = textwrap.wrap(shown, LINE_LENGTH, drop_whitespace=False)
+        else:
+            parts = [shown[i : i + LINE_LENGTH] for i in range(0, len(shown), LINE_LENGTH)]
+        for part in parts:
+            if x and (position is None or x + len(part) > LINE_LENGTH):
+                x, line = 0, line + 1
+            boxes.append(Box(part, position, x, line))
+            x += len(part)
+        if position is None and parts:
+            x, line = 0, line + 1
     return boxes
 
 
-def draw_boxes(axes: Axes, boxes: list[Box], weights: list[float], columns: int = COLUMNS) -> None:
-    """Sampled tokens in boxes, coloured by weights[position]; any other text in gray."""
-    axes.set(xlim=(0, columns + 1), ylim=(boxes[-1].line + 0.8, -0.8))
-    axes.axis("off")
-    for text, position, x, line in boxes:
-        ink, frame = "dimgray", None
-        if position is not None:
-            weight = weights[position]
-            ink = "white" if weight > DARK else "black"
-            frame = {
-                "boxstyle": "square,pad=0.2",
-                "facecolor": COLORS(SCALE(weight)),
-                "edgecolor": "white",
-            }
-        style = {"family": "monospace", "fontsize": 9, "va": "center", "parse_math": False}
-        axes.text(x, line, text, color=ink, bbox=frame, **style)
+def draw_panels(path: Path, boxes: list[Box], panels: dict[str, list[float]]) -> None:
+    """The same tokens once for each entry of `panels`, whose key is its title: sampled tokens
+    coloured by its weights (by position), any other text in gray. The scale stands beside them.
+
+    All sizes are in inches, so that a character is as wide as the layout takes it to be."""
+    lines = boxes[-1].line + 1
+    panel = 0.4 + lines * LINE_HEIGHT
+    width, height = LINE_LENGTH * CHARACTER_WIDTH, len(panels) * panel
+    figure = Figure(figsize=(width + 1.1, height + 0.1))
+
+    def place(left: float, top: float, size: tuple[float, float]) -> Axes:
+        """Axes by their upper left corner and size, in inches."""
+        box = (0.1 + left, figure.get_figheight() - top - size[1], *size)
+        return figure.add_axes(tuple(np.array(box) / np.tile(figure.get_size_inches(), 2)))
+
+    for index, (title, weights) in enumerate(panels.items()):
+        axes = place(0, index * panel + 0.35, (width, lines * LINE_HEIGHT))
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set(xlim=(0, LINE_LENGTH), ylim=(lines - 0.5, -0.5))
+        axes.axis("off")
+        for box in boxes:
+            draw_box(axes, box, None if box.position is None else weights[box.position])
+    scale_height = min(3.0, height - 0.5)
+    scale = place(width + 0.3, (height - scale_height) / 2, (0.12, scale_height))
+    figure.colorbar(ScalarMappable(SCALE, COLORS), cax=scale, label="weight in the loss")
+    scale.tick_params(labelsize=8)
+    figure.savefig(path, dpi=150)
 
 
-def add_scale(figure: Figure, shrink: float) -> None:
-    """The colours and what they stand for, beside the axes."""
-    figure.colorbar(
-        ScalarMappable(SCALE, COLORS),
-        ax=figure.axes,
-        label="weight in the loss",
-        shrink=shrink,
-        aspect=30,
-    )
+def draw_box(axes: Axes, box: Box, weight: float | None) -> None:
+    """A sampled token on the colour of its weight; other text, which has no weight, in gray."""
+    ink = "dimgray"
+    if weight is not None:
+        ink = "white" if weight > DARK else "black"
+        corner = (box.x + 0.06, box.line - 0.4)
+        color = COLORS(SCALE(weight))
+        axes.add_patch(Rectangle(corner, len(box.text) - 0.12, 0.8, facecolor=color, linewidth=0))
+    style = {"family": "monospace", "fontsize": FONT_SIZE, "va": "center", "parse_math": False}
+    axes.text(box.x, box.line, box.text, color=ink, **style)
 
 
 # --------------------------------------------------------------- tokens in colour, for the terminal

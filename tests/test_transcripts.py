@@ -2,9 +2,11 @@
 model writes; episodes.html shows the same episodes of every arm, before training and after."""
 
 import copy
+import itertools
 import json
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from rollout import Rollouts, rollout, score_all
 from segment import Segment
 from support import logs, transcripts
 from support.transcripts import (
+    LINE_LENGTH,
     SHOWN_EPISODES,
     Episode,
     Piece,
@@ -21,6 +24,7 @@ from support.transcripts import (
     as_html,
     draw_tokens,
     draw_transcripts,
+    lay_out,
     page_of,
     pieces,
     printable,
@@ -192,6 +196,23 @@ def test_a_long_transcript_is_drawn(tmp_path):
     transcript = [start] + [Piece("word$\n", 0)] * 300 + [end]
     draw_tokens(tmp_path / "t.png", "title", transcript, [1.2])
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tokens_of_a_picture_stand_side_by_side():
+    """Over random transcripts: no box leaves its line or covers another, and nothing is lost."""
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = random.integers(1, 250, size=20) if random.random() < 0.2 else [3] * 90
+        transcript = [
+            Piece("x" * int(length), None if random.random() < 0.1 else position)
+            for position, length in enumerate(lengths)
+        ]
+        boxes = lay_out(transcript)
+        assert "".join(box.text for box in boxes) == "".join(piece.text for piece in transcript)
+        assert all(box.x + len(box.text) <= LINE_LENGTH for box in boxes)
+        for before, after in itertools.pairwise(boxes):
+            beside = after.line == before.line and after.x == before.x + len(before.text)
+            assert beside or (after.line == before.line + 1 and after.x == 0)
 
 
 def test_only_the_instructions_are_left_out_of_a_picture():
