@@ -1,8 +1,8 @@
 """The method on one screen: token weights, group advantages, the loss. Tensors in, tensors out.
 
     advantages = group_advantages(rewards, group_size)               # GRPO
-    weights = actfocus_weights(energy, reasoning, action, response)  # ActFocus
-    loss = clipped_loss(logprob, old_logprob, advantages, weights)   # alpha = 1, beta = 0: GRPO
+    weights = actfocus_weights(energy, reasoning, action, response)  # ActFocus; GRPO: all 1
+    loss = clipped_loss(logprob, old_logprob, advantages, weights)   # PPO's, a mean by weight
 
 B episodes have T tokens each; masks say which of them the model wrote (`response`), and which of
 those are reasoning and which action. `logprob` is the log-probability of each token now, and
@@ -110,7 +110,7 @@ def clipped_loss(
     may also be flat, (N,) for N tokens without padding. Returns a scalar. Where a weight is 0,
     log-probs and advantages are never looked at. normalizer: what to divide by, by default
     weights.sum(). Where a mini-batch is split into micro-batches, whose gradients add up, pass the
-    sum of weights of the whole mini-batch. If it is 0 the loss is 0.
+    sum of weights of the whole mini-batch. A normalizer of 0 gives a loss of 0.
 
     >>> old = torch.zeros(1, 3)
     >>> new = torch.tensor([[0.0, 0.5, -0.5]])  # ratios 1, 1.65, 0.61

@@ -131,8 +131,8 @@ def _label_bytes(text: bytes) -> bytearray:
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     """The bytes of every token, by id. Control tokens (end of turn, padding) and ids that belong to
     no token have b"". The four tags have their bytes even where the tokenizer flags them as
-    special, since they are text that the model writes and the environment reads; without bytes, a
-    sampled `<tool_call>` would end the turn. It knows byte-level tokenizers (GPT-2, Qwen, Llama 3),
+    special, since they are text that the model writes and the environment reads. (rollout.py ends a
+    turn at any token without bytes.) It knows byte-level tokenizers (GPT-2, Qwen, Llama 3),
     which write bytes as characters, and SentencePiece-like ones, which write a space as "▁"."""
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]

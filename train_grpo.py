@@ -14,7 +14,7 @@ The stages, with the numbers that the README and walkthrough.py use as well:
     6b  token weights            all that ActFocus changes in the update
     7   mini-batch updates       one optimizer step for each mini-batch
     8   log                      a row of the CSV
-    9   draw                     curves.png and episodes.html
+    9   draw                     curves.png at each evaluation, episodes.html at the end
 
 An *arm* is one way of crediting tokens (GRPO, ActFocus, a control); arms.py lists them all. The
 loop reaches the functions of actfocus.py through others: `arm.weights` calls `actfocus_weights`,
@@ -201,7 +201,7 @@ def keep_examples(
 def play_groups(policy: Policy, config: Config, prompts: Sequence[int]) -> Rollouts:
     """3. Play each prompt group_size times. 4. rollout() labels every token from its bytes.
 
-    Random numbers depend on the prompt, and so differ from iteration to iteration."""
+    Random numbers depend on the prompt: a prompt that is drawn again meets the same ones."""
     seeds = repeated(prompts, config.group_size)
     return play(policy, config, seeds, config.temperature, sampling_seed=config.seed)
 
@@ -263,7 +263,7 @@ def weigh(
     """6b. The weight of every token, (B, T). An arm that looks at the policy's entropy costs one
     more forward pass; no other arm does."""
     entropy = policy_entropy(policy, rollouts, config) if arm.needs_policy_entropy else None
-    seed = config.seed + 1000 * iteration
+    seed = config.seed + 1000 * iteration  # of arms that draw at random, such as the placebo
     return arm.weights(rollouts, frozen, seed, policy_entropy=entropy, advantages=advantages)
 
 
@@ -302,8 +302,8 @@ def update(
     meter = logs.UpdateMeter(config.clip_low, config.clip_high)
     order = torch.tensor(rng.sample(range(len(advantages)), len(advantages)))
     for step, minibatch in enumerate(order.split(config.minibatch)):
-        normalizer = weights[minibatch].sum()
-        count = rollouts.response[minibatch].sum()
+        normalizer = weights[minibatch].sum()  # the clipped loss is a mean by weight,
+        count = rollouts.response[minibatch].sum()  # entropy bonus and KL are means over tokens
         for indices in rollouts.micro_batches(minibatch, config.micro_tokens):
             mask = rollouts.response[indices]  # (b, T), N of them True
             hidden, targets = scored_hidden(policy, rollouts, indices, rollouts.response)
