@@ -221,16 +221,16 @@ def with_fixed_date(template: str | None) -> str | None:
 def check_encoding(encode: Callable[[str], list[int]], bytes_of: list[bytes]) -> None:
     """Raises ValueError unless the bytes of an encoded text are the text.
 
-    Tokenizers in Llama 2's manner put a space before every text. A turn would then be heard with
+    Tokenizers in Llama 2's manner put a space before every text. A turn would then be decoded with
     spaces that nobody wrote, and one more would stand wherever a template and a message meet.
     """
     for text in TYPICAL_TEXTS:
-        heard = b"".join(bytes_of[token] for token in encode(text))
-        if heard != text.encode():
+        decoded = b"".join(bytes_of[token] for token in encode(text))
+        if decoded != text.encode():
+            shown = decoded.decode(errors="replace")
             raise ValueError(
-                f"the tokenizer makes {heard.decode(errors='replace')!r} of {text!r}: what a turn "
-                "says must be what its tokens say, so choose a checkpoint whose tokenizer adds and "
-                "changes nothing"
+                f"the tokenizer makes {shown!r} of {text!r}: what a turn says must be what "
+                "its tokens say, so choose a checkpoint whose tokenizer adds and changes nothing"
             )
 
 

@@ -79,7 +79,7 @@ def train_side_by_side(
         for position, (name, config) in enumerate(configs.items())
     ]
     problems: list[str] = []
-    told: set[str] = set()
+    passed_on: set[str] = set()
     evaluations = 0
     with contextlib.closing(side_by_side(train, list(configs), at_once, interruption)) as steps:
         for finished in steps:
@@ -87,9 +87,9 @@ def train_side_by_side(
             for bar, (name, config) in zip(bars, configs.items(), strict=True):
                 show_progress(bar, Path(config.out) / f"{name}.csv")
                 for note in notes_in(Path(config.out) / OUTPUT):
-                    if note not in told:
+                    if note not in passed_on:
                         tqdm.write(note)
-                    told.add(note)
+                    passed_on.add(note)
             earlier, evaluations = evaluations, number_of_evaluations(out)
             if evaluations > earlier:
                 logs.draw(out)

@@ -339,7 +339,7 @@ def page_of(title: str, body: str) -> str:
 
 RULE = """<p>The episodes are the first rollout of each of the first evaluation prompts, however
 they ended. Before training all arms are the same model and play alike; only the weights differ.
-</p>"""
+Energies are compared within these few episodes, and in training within all of an iteration.</p>"""
 
 # A browser that keeps to this policy runs no script and loads nothing, whatever the page holds.
 PAGE = """<!doctype html>
