@@ -145,6 +145,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
             is_control = added[i].special and not TAG.fullmatch(token.encode())
             table[i] = b"" if is_control else token.encode()
         elif byte_level:
+            # A character that stands for no byte stands for itself.
             table[i] = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
         elif byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             table[i] = bytes.fromhex(byte[1])

@@ -541,7 +541,7 @@ def train_one(
     checkpoints are removed last: without them it counts as finished."""
     name, config, checkpoints = arm_run
     out = Path(config.out)
-    with hold(out):
+    with hold(out):  # a run of one arm holds it already, which does no harm
         if config.resume:
             try:
                 checkpoints.load_latest()
