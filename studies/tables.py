@@ -128,6 +128,8 @@ def comparisons() -> dict[str, Comparison]:
         found[f"Sudoku, learning rate {lr:g}"] = arms_of(
             "rate-sudoku", names=("grpo", "actfocus"), lr=lr
         )
+    for lr in (3e-3, 1e-2):
+        found[f"Sudoku, adapters at {lr:g}"] = arms_of("lora", names=("grpo", "actfocus"), lr=lr)
     found["Sudoku, each at its best rate"] = {
         "GRPO at 0.001": runs_of("rate-sudoku", arm="grpo", lr=1e-3),
         "ActFocus at 0.0003": runs_of("seeds-sudoku", arm="actfocus"),
