@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from studies import bench
+from worlds import make_env
 
 
 def run(out, *flags):
@@ -34,7 +35,13 @@ def few_processes(monkeypatch):
     monkeypatch.setattr(bench, "measure_in_child", measure)
 
 
-def test_the_sections_run(built_in, few_processes, tmp_path, monkeypatch):
+@pytest.fixture
+def short_games(monkeypatch):
+    """An episode has half of its moves."""
+    monkeypatch.setattr(bench, "frozen_lake", lambda: make_env("frozenlake", moves=3))
+
+
+def test_the_sections_run(built_in, few_processes, short_games, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a loss's own process finds the code from anywhere
     flags = "loss update rollout growth --prompts 1 --rows 2 4 --positions 64 96"
     what = run(tmp_path, *flags.split(), "--tokens", "64", "--vocabulary", "600")
@@ -46,7 +53,7 @@ def test_the_sections_run(built_in, few_processes, tmp_path, monkeypatch):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
-def test_another_shape_and_a_missing_trl(built_in, tmp_path, monkeypatch, capsys):
+def test_another_shape_and_a_missing_trl(built_in, short_games, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.SHAPES, "tiny", (32, 64, 1, 2, 1, 1000))
     monkeypatch.setitem(sys.modules, "trl", None)
     what = run(tmp_path, "update", "iteration", "--shape", "tiny", "--prompts", "1")

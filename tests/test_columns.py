@@ -26,7 +26,7 @@ R, A, F = Segment.REASONING, Segment.ACTION, Segment.FORMAT
 @pytest.fixture(scope="module")
 def played(built_in):
     """Two groups of two, with rewards that differ in the first alone."""
-    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5, 5, 6, 6])
+    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5, 5, 6, 6], max_tokens=680)
     return replace(rollouts, rewards=torch.tensor([1.0, 0.0, 1.0, 1.0]))
 
 

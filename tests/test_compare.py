@@ -22,7 +22,7 @@ from support.processes import ROOT, Interruption
 from train_ppo import PPOConfig
 
 SMALL = "--iterations 2 --prompts 2 --group-size 2 --minibatch 2 --eval-episodes 4 --eval-every 1 "
-SMALL += "--max-turn-tokens 20 --max-tokens 500 --device cpu"
+SMALL += "--max-turn-tokens 16 --max-tokens 380 --device cpu"
 
 
 def write_log(path, evaluations, training=()):

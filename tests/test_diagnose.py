@@ -201,7 +201,7 @@ def test_a_partial_correlation_is_that_of_what_a_line_leaves():
 def run(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("diagnosis")
     flags = f"--model {tiny_folder} --groups 9 --group-size 4 --play-batch 12 --max-turn-tokens 40 "
-    flags += "--max-tokens 900"
+    flags += "--max-tokens 640"
     command = [
         sys.executable,
         "-m",
@@ -238,7 +238,7 @@ def test_a_run_leaves_tables_and_pictures(run):
 
 
 # ------------------------------------------------------------------- who plays, and what is refused
-SMALL = {"groups": 8, "group_size": 2, "play_batch": 16, "max_turn_tokens": 20, "max_tokens": 900}
+SMALL = {"groups": 8, "group_size": 2, "play_batch": 16, "max_turn_tokens": 20, "max_tokens": 520}
 
 
 def groups_of(out):

@@ -66,9 +66,7 @@ FAMILIES = {  # template, control tokens, bos, end of turn, config
     "smollm2": (SMOLLM2_TEMPLATE, CHATML, CHATML[1], CHATML[2], transformers.LlamaConfig),
     "gemma3": (GEMMA3_TEMPLATE, GEMMA, GEMMA[2], GEMMA[5], transformers.Gemma3TextConfig),
 }
-LESSON = WarmStart(
-    "frozenlake", thoughts=0, episodes=60, window_steps=100, episode_steps=0, lr=1e-2
-)
+LESSON = WarmStart("frozenlake", thoughts=0, episodes=60, window_steps=60, episode_steps=0, lr=1e-2)
 
 
 def learn(name, texts):
@@ -178,8 +176,8 @@ def test_it_calls_tools_and_is_scored_as_it_was_sampled(family):
 
 
 def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
-    flags = ("--save", "--max-turn-tokens", "100", "--lr", "1e-4")
-    result = run_script("train_actfocus.py", family, tmp_path / "run", *flags)
+    flags = "--save --max-turn-tokens 100 --max-tokens 600 --lr 1e-4"
+    result = run_script("train_actfocus.py", family, tmp_path / "run", *flags.split())
     assert result.returncode == 0, result.stderr
     assert "class       energy     grpo   actfocus   token\n" in result.stdout
     for arm in ("grpo", "actfocus"):
@@ -196,7 +194,7 @@ def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
     diagnose(
         DiagnoseConfig(
             model=str(family), groups=8, blocks=4, group_size=2, max_turn_tokens=100,
-            device="cpu", out=str(tmp_path / "diagnosis"),
+            max_tokens=600, device="cpu", out=str(tmp_path / "diagnosis"),
         )
     )  # fmt: skip
     assert (tmp_path / "diagnosis" / "signal.csv").exists()

@@ -257,6 +257,7 @@ def test_memory_is_under_an_eighth_of_the_full_logits_way():
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return json.loads(child.stdout)[1]
 
-    full = extra("full")
-    fused = min(extra("fused", "55") for _ in range(2))  # the system's count is 5 % off, upwards
+    full, fused = extra("full"), extra("fused", "55")
+    if fused >= full / 8:  # the system's count is some 5 % off, upwards: once more
+        fused = extra("fused", "55")
     assert 0 < fused < full / 8, (fused, full)

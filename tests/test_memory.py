@@ -32,8 +32,8 @@ from support.warm_start import STARTS
 model, out, *more = sys.argv[1:]
 config = ActFocusConfig(
     env="frozenlake",
-    model=model, out=out, iterations=1, prompts=1, group_size=4, minibatch=4, eval_episodes=1,
-    micro_tokens=2400, max_tokens=600, checkpoint_every=0, device="cpu",
+    model=model, out=out, iterations=1, prompts=1, group_size=6, minibatch=6, eval_episodes=1,
+    micro_tokens=2400, max_tokens=400, checkpoint_every=0, device="cpu",
     gradient_checkpointing="recompute" in more, lora=16 if "lora" in more else None,
 )
 config.validate()

@@ -79,9 +79,17 @@ def test_rewards_stand_at_the_last_token_and_whitening_looks_at_response_tokens_
     torch.testing.assert_close(white, torch.tensor([[0.0, -1, 0, 1, 0], [0.0] * 5]))
 
 
-def test_a_critic_fits_a_known_value_and_leaves_the_policy_alone(built_in):
-    """Returns that are 1 in every other episode, whose prompts differ."""
-    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5, 6], max_turn_tokens=30)
+@pytest.fixture(scope="module")
+def played(built_in):
+    """Three episodes whose prompts differ; tests give them rewards."""
+    return rollout(
+        built_in, lambda: make_env("frozenlake"), [5, 6, 7], max_turn_tokens=30, max_tokens=500
+    )
+
+
+def test_a_critic_fits_a_known_value_and_leaves_the_policy_alone(built_in, played):
+    """Returns that are 1 in every other episode."""
+    rollouts = played.take(torch.arange(2))
     before = [p.detach().clone() for p in built_in.model.parameters()]
     critic = Critic(built_in, PPOConfig(critic_lr=1e-3, critic_passes=30, minibatch=2))
     assert (critic.values(rollouts) == 0).all()
@@ -99,9 +107,9 @@ def test_a_critic_fits_a_known_value_and_leaves_the_policy_alone(built_in):
         assert torch.equal(p, q)
 
 
-def test_equal_returns_have_no_variance_to_explain(built_in):
+def test_equal_returns_have_no_variance_to_explain(built_in, played):
     """Returns of episodes that end alike differ by rounding, since each is a sum over tokens."""
-    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5, 6, 7], max_turn_tokens=30)
+    rollouts = played.take(torch.arange(3))
     critic = Critic(built_in, PPOConfig(critic_lr=1e-3))
     torch.nn.init.normal_(critic.layer.weight, generator=torch.Generator().manual_seed(0))
     for reward in (-0.6, 0.3, 1.0):
@@ -115,8 +123,8 @@ def test_equal_returns_have_no_variance_to_explain(built_in):
     assert math.isfinite(critic.quality["explained_variance"])
 
 
-def test_three_bad_updates_of_the_critic_in_a_row_end_the_run(built_in, capsys):
-    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5, 6], max_turn_tokens=30)
+def test_three_bad_updates_of_the_critic_in_a_row_end_the_run(built_in, played, capsys):
+    rollouts = played.take(torch.arange(2))
     critic = Critic(built_in, PPOConfig(critic_lr=1e-3, critic_passes=2, minibatch=2))
     critic.advantages(rollouts)
     good = critic.returns

@@ -79,27 +79,41 @@ assert all(p.isfinite().all() for p in model.parameters())
 moved = sum((a - b).abs().sum() for a, b in zip(model.parameters(), reference.parameters()))
 print(*counts, moved.item(), weights[labels == Segment.REASONING].unique().tolist())
 """
+TWICE = """
+import runpy, sys
+_, *folders = sys.argv
+for folder in folders:
+    sys.argv[1:] = [folder]
+    runpy.run_path("loop.py")
+"""
 
 
-@pytest.mark.parametrize("which", ["start", "bytes_folder"])
-def test_the_loop_runs_on_three_copied_files_alone(which, request, built_in, tmp_path):
-    """In an empty folder: three files and the README's loop over a Hugging Face model. One speaks
-    the protocol; the other babbles, without any action token."""
-    folder = request.getfixturevalue(which)
+@pytest.fixture(scope="module")
+def loops(start, bytes_folder, built_in, tmp_path_factory):
+    """What the README's loop comes to over two Hugging Face models, as `AFTER` prints it. It runs
+    in an empty folder, to which nothing but its three files is copied, and in a process of its own,
+    which imports torch and transformers once for both models."""
+    folder = tmp_path_factory.mktemp("loops")
     for name in ("segment.py", "energy.py", "actfocus.py"):
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, folder)
     env = make_env("frozenlake")
     ids = [built_in.prompt(env.system, env.tools, env.reset(seed)) for seed in (1, 2)]
     prompts = [built_in.tokenizer.decode(each) for each in ids]
-    before = f"FOLDER = {str(folder)!r}\nprompts = {prompts!r}\nseen = []\n"
+    before = f"import sys\nFOLDER = sys.argv[1]\nprompts = {prompts!r}\nseen = []\n"
     before += "import torch\ntorch.manual_seed(0)\nreward = lambda text: float(len(text) % 7)\n"
     loop = OWN_LOOP.replace("lr=1e-6", "lr=1e-4")
     loop += "    seen.append(labels.flatten())\n"
-    (tmp_path / "loop.py").write_text(before + loop + AFTER)
-    command = [sys.executable, "loop.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (folder / "loop.py").write_text(before + loop + AFTER)
+    command = [sys.executable, "-c", TWICE, str(start), str(bytes_folder)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    other, formatted, reasoning, action, moved, *alpha = result.stdout.split()
+    return dict(zip(("start", "bytes_folder"), result.stdout.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("which", ["start", "bytes_folder"])
+def test_the_loop_runs_on_three_copied_files_alone(which, loops):
+    """One model speaks the protocol; the other babbles, without any action token."""
+    other, formatted, reasoning, action, moved, *alpha = loops[which].split()
     assert float(moved) > 0 and int(other) > 100 and int(formatted) > 10
     if which == "start":
         assert int(reasoning) > 5 * int(action) > 500

@@ -145,11 +145,13 @@ def test_logprobs_equal_those_of_a_fresh_forward_pass(policy, built_in, temperat
 
 def test_batch_size_and_order_change_nothing(built_in):
     seeds = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    whole, _ = play(built_in, seeds, lambda: make_env("frozenlake"), max_turn_tokens=160)
+    limits = {"max_turn_tokens": 160, "max_tokens": 680}
+    whole, _ = play(built_in, seeds, lambda: make_env("frozenlake"), **limits)
+    assert len(set(whole.lengths.tolist())) > 3  # rows leave the batch one by one
     for order in ([10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [4, 0, 8, 2]):
         other, _ = play(
             built_in, [seeds[i] for i in order], lambda: make_env("frozenlake"),
-            max_turn_tokens=160, at_once=3,
+            **limits, at_once=3,
         )  # fmt: skip
         for row, i in enumerate(order):
             equal = [j for j, seed in enumerate(seeds) if seed == seeds[i]]
@@ -166,17 +168,16 @@ def test_batch_size_and_order_change_nothing(built_in):
 
 
 def test_equal_seeds_share_the_prompt_and_differ_in_what_is_sampled(built_in):
-    rollouts, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), max_turn_tokens=160)
+    limits = {"max_turn_tokens": 160, "max_tokens": 480}
+    rollouts, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), **limits)
     (start,) = set(rollouts.response.int().argmax(1).tolist())
     assert (
         len({tuple(ids.tolist()) for ids in rollouts.ids[:, :start]})
         == 1
         < len({tuple(ids.tolist()) for ids in rollouts.ids})
     )
-    again, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), max_turn_tokens=160)
-    other, _ = play(
-        built_in, [7] * 6, lambda: make_env("frozenlake"), max_turn_tokens=160, sampling_seed=1
-    )
+    again, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), **limits)
+    other, _ = play(built_in, [7] * 6, lambda: make_env("frozenlake"), **limits, sampling_seed=1)
     assert torch.equal(again.ids, rollouts.ids)
     assert not torch.equal(other.ids[:, : start + 40], rollouts.ids[:, : start + 40])
 
@@ -310,7 +311,8 @@ def test_in_bfloat16_keys_and_values_are_cached_in_it(start, monkeypatch):
         return cached
 
     monkeypatch.setattr(PreallocatedLayer, "update", spy)
-    rollouts, _ = play(policy, [1, 2, 3], lambda: make_env("frozenlake"), max_turn_tokens=160)
+    limits = {"max_turn_tokens": 160, "max_tokens": 680}
+    rollouts, _ = play(policy, [1, 2, 3], lambda: make_env("frozenlake"), **limits)
     assert {dtypes[1:] for dtypes in seen} == {(torch.bfloat16,) * 4}
     assert seen[0][0] == torch.float32  # what the model hands over: the reason for the cast
     assert rollouts.facts.sum() > 10  # and it still plays

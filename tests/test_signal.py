@@ -26,7 +26,8 @@ class Settings:
 @pytest.fixture(scope="module")
 def played(built_in):
     """Eight rollouts in two groups, one with either sign of the advantage, with their scores."""
-    rollouts = rollout(built_in, lambda: make_env("frozenlake"), [5] * 4 + [6] * 4, 0.9)
+    seeds = [5] * 4 + [6] * 4
+    rollouts = rollout(built_in, lambda: make_env("frozenlake"), seeds, 0.9, max_tokens=680)
     rollouts.rewards[:] = torch.tensor([1.0, 0, 0, 0.5, 0.1, 0.9, 0.3, 0.3])
     frozen = score_all(built_in, rollouts, rollouts.response, 0.9, 4096)
     return rollouts, frozen
@@ -112,7 +113,7 @@ def test_some_coordinates_stand_for_all(built_in, played, monkeypatch):
     # and of a model: the same ratios, within what the intervals say
     rollouts, frozen = played
     blocks = {}
-    for limit in (gs.COORDINATES, 20_000):
+    for limit in (gs.COORDINATES, 80_000):
         monkeypatch.setattr(gs.choose_coordinates, "__defaults__", (limit,))
         blocks[limit] = [
             gs.measure_block(built_in, rollouts.take(rows), stats, stats, Settings())
@@ -120,13 +121,13 @@ def test_some_coordinates_stand_for_all(built_in, played, monkeypatch):
             for stats in [type(frozen)(*(values[rows] for values in frozen))]
         ]
     full, some = blocks.values()
-    assert len(some[0].gradients["action"]) < 21_000 < len(full[0].gradients["action"])
+    assert len(some[0].gradients["action"]) < 81_000 < len(full[0].gradients["action"])
 
     def cosine(pair):
         a, b = (block.gradient({"action": 1.0}) for block in pair)
         return torch.cosine_similarity(a, b, dim=0).item()
 
-    assert cosine(some) == pytest.approx(cosine(full), abs=0.1)
+    assert cosine(full) > 0.5 and cosine(some) == pytest.approx(cosine(full), abs=0.05)
 
 
 # -------------------------------------------------------------------------------- signal and noise
@@ -234,7 +235,7 @@ def test_a_null_is_the_gradient_of_its_weighting_with_shuffled_rewards(
 def test_diagnose_writes_the_signal(start, tmp_path, capsys):
     config = DiagnoseConfig(
         model=str(start), groups=8, blocks=4, group_size=4, play_batch=16, device="cpu",
-        max_turn_tokens=120, max_tokens=900, out=str(tmp_path / "out"),
+        max_turn_tokens=120, max_tokens=680, out=str(tmp_path / "out"),
     )  # fmt: skip
     diagnose(config)
     with (tmp_path / "out" / "signal.csv").open() as file:
@@ -244,6 +245,7 @@ def test_diagnose_writes_the_signal(start, tmp_path, capsys):
     shares = [float(rows[name]["token_share"]) for name in gs.CLASSES]
     assert sum(shares) == pytest.approx(1, abs=1e-4)
     assert float(rows["grpo"]["adam_gain"]) == 0
+    assert math.isfinite(float(rows["actfocus"]["adam_gain"]))
     for row in rows.values():
         for scale in ("adam", "raw"):
             low, value, high = (float(row[f"{scale}_ratio{end}"]) for end in ("_low", "", "_high"))

@@ -165,19 +165,27 @@ def test_an_update_of_actfocus_moves_calls_further_and_thoughts_less(walked):
         assert abs(focus) < abs(grpo)
 
 
-def test_it_prints_the_same_twice_and_another_seed_plays_otherwise(walked, monkeypatch, capsys):
-    world, stages, _ = walked
+def walk_here(monkeypatch, capsys, *flags):
+    """The stages that the script prints in this process."""
     threads = torch.get_num_threads()
-    printed = []
+    monkeypatch.setattr(sys, "argv", ["walkthrough.py", *flags])
     try:
-        for flags in ([], ["--seed", "1"]):
-            monkeypatch.setattr(sys, "argv", ["walkthrough.py", "--env", world, *flags])
-            walkthrough.main()
-            printed.append(split_into_stages(capsys.readouterr().out))
+        walkthrough.main()
     finally:
         torch.set_num_threads(threads)
-    assert printed[0] == stages
-    assert printed[1]["3"] != stages["3"]
+    return split_into_stages(capsys.readouterr().out)
+
+
+def test_it_prints_the_same_twice(walked, monkeypatch, capsys):
+    world, stages, _ = walked
+    assert walk_here(monkeypatch, capsys, "--env", world) == stages
+
+
+@pytest.mark.parametrize("walked", ["frozenlake"], indirect=True)
+def test_another_seed_plays_otherwise(walked, monkeypatch, capsys):
+    _, stages, _ = walked
+    other = walk_here(monkeypatch, capsys, "--env", "frozenlake", "--seed", "1")
+    assert other["3"] != stages["3"]
     monkeypatch.setattr(sys, "argv", ["walkthrough.py", "--seed", "-1"])
     with pytest.raises(SystemExit):
         walkthrough.main()
@@ -220,19 +228,20 @@ def state(policy):
     return {name: value.clone() for name, value in policy.model.state_dict().items()}
 
 
-def test_training_shows_one_turn_and_trains_as_without_it(start, tmp_path, monkeypatch, capsys):
-    settings = {"iterations": 1, "prompts": 2, "group_size": 2, "minibatch": 2, "eval_episodes": 2}
+# A run of a tiny model's babble: what is shown before it is not looked at closely.
+BABBLES = {
+    "env": "frozenlake", "device": "cpu", "lr": 1e-3, "iterations": 1, "prompts": 2,
+    "group_size": 2, "minibatch": 2, "eval_episodes": 2, "max_turn_tokens": 16, "max_tokens": 380,
+}  # fmt: skip
+
+
+def test_training_shows_one_turn_and_trains_as_without_it(
+    tiny_folder, tmp_path, monkeypatch, capsys
+):
     arms = {"actfocus": ARMS["actfocus"]}
     monkeypatch.setenv("ACTFOCUS_CACHE", str(tmp_path))
     for name, show in (("with", show_one_turn), ("without", None)):
-        config = ActFocusConfig(
-            env="frozenlake",
-            model=str(start),
-            out=str(tmp_path / name),
-            device="cpu",
-            lr=1e-3,
-            **settings,
-        )
+        config = ActFocusConfig(model=str(tiny_folder), out=str(tmp_path / name), **BABBLES)
         run(config, arms, show=show)
         printed = capsys.readouterr().out
         assert ("One turn of the policy before training" in printed) == (name == "with")
@@ -243,15 +252,11 @@ def test_training_shows_one_turn_and_trains_as_without_it(start, tmp_path, monke
         assert one == other
 
 
-def test_a_resumed_run_does_not_show_the_turn_again(start, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_does_not_show_the_turn_again(tiny_folder, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    config = ActFocusConfig(
-    env="frozenlake",
-        model=str(start), out=str(tmp_path / "run"), device="cpu", lr=1e-3, iterations=1,
-        prompts=1, group_size=2, eval_episodes=2,
-    )  # fmt: skip
+    config = ActFocusConfig(model=str(tiny_folder), out=str(tmp_path / "run"), **BABBLES)
     arms = {"actfocus": ARMS["actfocus"]}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("train_grpo.train", interrupted)
@@ -263,8 +268,8 @@ def test_a_resumed_run_does_not_show_the_turn_again(start, tmp_path, monkeypatch
 
 
 def test_the_script_shows_the_turn_before_it_trains(start, tmp_path):
-    flags = ["--iterations", "1", "--arms", "actfocus", "--prompts", "1", "--eval-episodes", "2"]
-    result = run_script("train_actfocus.py", start, tmp_path / "run", *flags)
+    flags = "--iterations 1 --arms actfocus --prompts 1 --eval-episodes 2 --max-tokens 400"
+    result = run_script("train_actfocus.py", start, tmp_path / "run", *flags.split())
     assert result.returncode == 0, result.stderr
     assert 0 < result.stdout.index("One turn of the policy") < result.stdout.index("results go to")
     assert result.stdout.count("\naction ") > 10

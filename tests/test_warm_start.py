@@ -202,8 +202,9 @@ def test_a_half_written_cache_is_never_used(empty_cache, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "start.json"])
 @pytest.mark.parametrize("how", ["cut", "a flipped bit"])
-def test_a_damaged_cache_is_named_and_made_anew(name, how, empty_cache, capsys):
-    folder = start_folder("frozenlake", **TINY)
+def test_a_damaged_cache_is_named_and_made_anew(name, how, tiny_folder, empty_cache, capsys):
+    folder = shutil.copytree(tiny_folder, empty_cache / tiny_folder.name)
+    assert start_folder("frozenlake", **TINY) == folder
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
     content = bytearray(good[name])
     if how == "cut":
