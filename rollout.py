@@ -177,6 +177,7 @@ def rollout(
     return collate(policy, rows, max_tokens)
 
 
+@torch.inference_mode()  # as no_grad, but the many small operations of decoding cost less
 def play_batch(
     policy: Policy, rows: list[Row], temperature: float, max_turn_tokens: int, max_tokens: int
 ) -> None:
