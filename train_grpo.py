@@ -106,8 +106,8 @@ def train(
         if iteration % config.eval_every == 0:
             log |= evaluate(policy, start, config, name, arm, iteration)  # 2
         began = time.perf_counter()
-        # A prompt is a seed of the world. Those from WARM_START_SEEDS on were demonstrated in the
-        # warm start, or belong to evaluations.
+        # A prompt is a seed of the world. None is drawn from WARM_START_SEEDS (1e9) on: such seeds
+        # were demonstrated in the warm start, or belong to evaluations.
         prompts = [rng.randrange(WARM_START_SEEDS) for _ in range(config.prompts)]
         played = play_groups(policy, config, prompts)  # 3 and 4
         log["seconds_play"] = time.perf_counter() - began
@@ -134,7 +134,7 @@ def train(
         healthy = guard.healthy(policy.model) and estimator.healthy()
         checkpoints.maybe_save(name, iteration + 1, stateful, rng, last=False, healthy=healthy)
 
-    if first <= config.iterations:  # a resumed arm that is complete has iterations + 1 here
+    if first <= config.iterations:  # else this arm was complete before, and is only resumed
         log = {"iteration": config.iterations}
         log |= evaluate(policy, start, config, name, arm, config.iterations)
         logs.log(out / f"{name}.csv", log)
@@ -201,7 +201,8 @@ def keep_examples(
 def play_groups(policy: Policy, config: Config, prompts: Sequence[int]) -> Rollouts:
     """3. Play each prompt group_size times. 4. rollout() labels every token from its bytes.
 
-    Random numbers depend on the prompt: a prompt that is drawn again meets the same ones."""
+    Each rollout of a prompt has random numbers of its own, which depend on the prompt and on the
+    seed of the run: a prompt that is drawn in a later iteration meets the same ones."""
     seeds = repeated(prompts, config.group_size)
     return play(policy, config, seeds, config.temperature, sampling_seed=config.seed)
 

@@ -81,6 +81,12 @@ class Run:
         final = self.column("final_success")[1]
         return measures_of(self.column("eval_success"), training, threshold, final)
 
+    @property
+    def drop(self) -> float:
+        """How far the last evaluation lies below the highest, in points."""
+        success = self.column("eval_success")[1]
+        return 100 * (max(success) - success[-1])
+
 
 @functools.cache
 def all_runs(folder: Path = DATA) -> list[Run]:

@@ -14,12 +14,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import offset_copy
 
 from arms import ARMS
 from studies.data import DATA, FIGURES, Run, diagnoses, read_settings, read_table, runs_of
+from studies.larger_step import WORLDS as LARGER_STEP_WORLDS
+from studies.larger_step import Speed, speed_rows, start_rows
 from studies.pairs import Pair, doses, trained_pairs
-from studies.stats import t_interval
-from studies.tables import Comparison, arms_of, state_rows
+from studies.stats import share_interval, t_interval
+from studies.tables import Comparison, arms_of, others, state_rows
 
 Curve = tuple[Sequence[int], Sequence[float]]  # iterations, values
 
@@ -49,6 +52,12 @@ def draw_all() -> None:
     draw_earlier()
     draw_smollm2()
     draw_rates()
+    if speed_rows():
+        draw_speed()
+    if start_rows():
+        draw_starts()
+    if others("sudoku"):
+        draw_others()
     draw_pairs()
     draw_doses()
     draw_signal()
@@ -89,11 +98,11 @@ def draw_frozenlake() -> None:
 
 def draw_sudoku() -> None:
     where = arms_of("seeds-sudoku", names=("grpo", "actfocus", "placebo"))
-    halves = arms_of("seeds-sudoku", names=("grpo", "discount", "energy"))
+    halves = arms_of("seeds-sudoku", names=("grpo", "actfocus", "discount", "energy"))
     figure, axes = new_figure(3, "Sudoku: means of four seeds; the seeds are faint")
-    draw_panel(axes[0], Panel("Where the weights lie", where, *SUCCESS, (0, 103)))
-    draw_panel(axes[1], Panel("The two parts of ActFocus", halves, *SUCCESS, (0, 103)))
-    draw_panel(axes[2], Panel("While they train", where, *TRAINING, (0, 103)))
+    draw_panel(axes[0], Panel("Evaluation", where, *SUCCESS, (0, 103)))
+    draw_panel(axes[1], Panel("Training", where, *TRAINING, (0, 103)))
+    draw_panel(axes[2], Panel("Training: the parts of ActFocus", halves, *TRAINING, (0, 103)))
     figure.savefig(FIGURES / "sudoku.png", dpi=110)
 
 
@@ -224,8 +233,8 @@ def draw_curves(
 
 
 def name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write names beside the ends of lines, moved apart where they would overlap. ends: height,
-    name, color."""
+    """Write names beside the ends of lines, moved apart where they would overlap; a thin line leads
+    from each to its end. ends: height, name, color."""
     low, high = axes.get_ylim()
     line = 0.07 * (high - low)  # the height of a line of text, with some air
     ordered = sorted(ends)
@@ -237,15 +246,17 @@ def name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> N
         heights.append(height)
     moved = np.mean(heights) - np.mean([height for height, _, _ in ordered])
     moved = max(moved, heights[-1] - high)  # none stands above the axes
-    for height, (_, label, color) in zip(heights, ordered, strict=True):
+    beside = offset_copy(axes.transData, axes.figure, x=14, units="points")
+    for height, (end, label, color) in zip(heights, ordered, strict=True):
         axes.annotate(
             label.replace(", ", ",\n"),
-            (x, height - moved),
-            xytext=(6, 0),
-            textcoords="offset points",
+            (x, end),
+            xytext=(x, height - moved),
+            textcoords=beside,
             color=color,
             va="center",
             fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1},
             annotation_clip=False,
         )
 
@@ -315,6 +326,90 @@ def draw_by_rate(axes: Axes, found: Mapping[float, tuple], title: str) -> None:
     axes.set(title=title, ylabel="mean evaluation success, %")
     rates_axis(axes, rates)
     name_ends(axes, rates[-1] * 1.12, ends)
+
+
+def draw_speed() -> None:
+    """A point for each arm and rate: how fast it learns, and how many of its runs fall."""
+    rows = speed_rows()
+    worlds = [env for env in LARGER_STEP_WORLDS if any(row.env == env for row in rows)]
+    seeds = max(len(row.runs) for row in rows)
+    title = f"Speed and stability at each learning rate, {seeds} seeds: 95 % intervals"
+    figure, panels = new_figure(2, title)
+    for axes, env in zip(panels, worlds, strict=False):
+        for arm in ("discount", "actfocus", "grpo"):
+            here = [row for row in rows if (row.env, row.arm) == (env, arm)]
+            draw_speeds(axes, here)
+        axes.set(title=WORLDS[env][0], xlabel="mean evaluation success (area), %")
+        axes.set(ylabel="runs that fall by ten points, %", ylim=(-4, 104))
+        plain(axes)
+    figure.savefig(FIGURES / "speed.png", dpi=110)
+
+
+def draw_speeds(axes: Axes, rows: Sequence[Speed]) -> None:
+    """The points of one arm, joined in the order of their rates, each with its rate."""
+    x = [float(np.mean(row.values("area"))) for row in rows]
+    y = [100 * row.fallen / len(row.runs) for row in rows]
+    if not rows:
+        return
+    label = ARMS[rows[0].arm].label
+    color = COLORS[label]
+    axes.plot(x, y, color=color, linewidth=1, alpha=0.5)
+    for row, across, up in zip(rows, x, y, strict=True):
+        low, high = (100 * end for end in share_interval(row.fallen, len(row.runs)))
+        half = t_interval(row.values("area"))
+        axes.errorbar(
+            across, up, yerr=[[up - low], [high - up]], xerr=half, fmt="o", color=color,
+            capsize=2, elinewidth=0.8,
+        )  # fmt: skip
+        axes.annotate(
+            f"{label}\n{row.lr:g}", (across, up), xytext=(5, 5), textcoords="offset points",
+            color=color, fontsize=8,
+        )  # fmt: skip
+
+
+def draw_others() -> None:
+    """What each arm gained over GRPO in training: a dot for each seed, and the mean."""
+    figure, panels = new_figure(2, "Training success less GRPO's; small dots are seeds, bars 95 %")
+    for axes, env in zip(panels, LARGER_STEP_WORLDS, strict=True):
+        comparison = others(env)
+        grpo = comparison.pop("GRPO")
+        for y, (label, runs) in enumerate(comparison.items()):
+            gains = [
+                run.measures()["training"] - grpo[seed].measures()["training"]
+                for seed, run in runs.items()
+            ]
+            axes.errorbar(
+                np.mean(gains), y, xerr=t_interval(gains), fmt="o", color=COLORS[label], capsize=3
+            )
+            axes.plot(gains, [y + 0.25] * len(gains), "o", color=COLORS[label], ms=3, alpha=0.5)
+        axes.axvline(0, color="dimgray", linewidth=1.2)
+        axes.set_yticks(range(len(comparison)), list(comparison))
+        axes.set(title=WORLDS[env][0], xlabel="points", ylim=(len(comparison) - 0.4, -0.6))
+        plain(axes, grid="x")
+    figure.savefig(FIGURES / "arms.png", dpi=110)
+
+
+def draw_starts() -> None:
+    """ActFocus's gain from each start, and the mean over starts."""
+    rows = start_rows()
+    worlds = [env for env in LARGER_STEP_WORLDS if any(row.env == env for row in rows)]
+    color = ARMS["actfocus"].color
+    figure, panels = new_figure(2, "ActFocus less GRPO from several starts; small dots are seeds")
+    for axes, env in zip(panels, worlds, strict=False):
+        starts = [row for row in rows if row.env == env]
+        means = [float(np.mean(row.gains["training"])) for row in starts]
+        for x, row in enumerate(starts):
+            gains = row.gains["training"]
+            axes.plot([x] * len(gains), gains, "o", color=color, markersize=3, alpha=0.5)
+            axes.plot(x, means[x], "_", color=color, markersize=18, markeredgewidth=2)
+        last = len(starts)
+        axes.errorbar(last, np.mean(means), t_interval(means), fmt="o", color="black", capsize=4)
+        names = [*(f"start {x}" for x in range(last)), "mean\nover starts"]
+        axes.set_xticks(range(last + 1), names)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(title=WORLDS[env][0], ylabel="training success less GRPO's, points")
+        plain(axes, grid="y")
+    figure.savefig(FIGURES / "starts.png", dpi=110)
 
 
 def rates_axis(axes: Axes, rates: list[float]) -> None:
@@ -525,29 +620,32 @@ def draw_states() -> None:
     """Energy against the variance of rewards, within one state and over whole episodes: for each
     world three dots, the correlation and what is left of it given success and number of turns."""
     rows = state_rows()
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True)
-    for axes, tokens in zip(panels, ("whole episodes", "first turn"), strict=True):
-        chosen = [row for row in rows if row.tokens == tokens]
-        for y, row in enumerate(chosen):
-            found = (row.action, row.given_success, row.given_turns)
-            for lower, marker, filled, (rho, low, high) in zip(
-                (-0.22, 0, 0.22), "osD", (True, False, False), found, strict=True
-            ):
-                color = WORLDS[row.world][1]
-                axes.errorbar(
-                    rho, y + lower, xerr=[[abs(rho - low)], [abs(high - rho)]], fmt=marker,
-                    color=color, mfc=color if filled else "white", capsize=3,
-                )  # fmt: skip
+    worlds = list(dict.fromkeys(row.world for row in rows))
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, tokens in zip(panels, ("first turn", "whole episodes"), strict=True):
+        for row in rows:
+            if row.tokens == tokens:
+                found = (row.action, row.given_success, row.given_turns)
+                draw_state(axes, worlds.index(row.world), WORLDS[row.world][1], found)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(chosen)), [WORLDS[row.world][0] for row in chosen])
-        axes.set(title=f"energies of {tokens}", ylim=(len(chosen) - 0.5, -0.5), xlim=(-1, 1))
+        axes.set(title=f"Energies of the {tokens}", ylim=(len(worlds) - 0.5, -0.5), xlim=(-1, 1))
         axes.set_xlabel("rank correlation with the variance of rewards")
         plain(axes, grid="x")
+    panels[0].set_yticks(range(len(worlds)), [WORLDS[world][0] for world in worlds])
     figure.suptitle(
-        "Energy of action tokens; square: given success, diamond: given the number of turns"
+        "Energy of action tokens: dots as it is, squares given success, diamonds given the number "
+        "of turns"
     )
     figure.savefig(FIGURES / "states.png", dpi=110)
+
+
+def draw_state(axes: Axes, y: int, color: str, found: Sequence[tuple]) -> None:
+    """Three dots with their intervals: filled the correlation, open the partial ones."""
+    styles = zip((-0.22, 0, 0.22), "osD", (color, "white", "white"), found, strict=True)
+    for lower, marker, fill, (rho, low, high) in styles:
+        bars = [[abs(rho - low)], [abs(high - rho)]]
+        axes.errorbar(rho, y + lower, xerr=bars, fmt=marker, color=color, mfc=fill, capsize=3)
 
 
 # ------------------------------------------------------------------------------------------- speed

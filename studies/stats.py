@@ -36,6 +36,7 @@ MEASURES = {  # each is one number for a run; runs of several seeds are compared
     "training": "mean success of all training rollouts, in points",
     "reach": "iterations until an evaluation first reaches a threshold; inf if none does",
 }
+FALL = 10  # points: a run falls if its last evaluation is so far below the highest
 
 
 def measures(log: Path, threshold: float) -> dict[str, float]:
@@ -91,6 +92,18 @@ def t_interval(values: Sequence[float]) -> float:
         return math.inf
     quantile = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.4 / (n - 1)
     return quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def share_interval(some: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson's score: of 0 in 8, it is 0 to 0.32.
+
+    >>> [round(end, 3) for end in share_interval(0, 8)], [round(e, 3) for e in share_interval(4, 8)]
+    ([0.0, 0.324], [0.215, 0.785])
+    """
+    z2 = 1.96**2
+    middle = (some + z2 / 2) / (of + z2)
+    half = 1.96 * math.sqrt(some * (of - some) / of + z2 / 4) / (of + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def draw_seeds(axes: Axes, arm: Arm, runs: Sequence[tuple[Sequence[int], Sequence[float]]]) -> None:

@@ -17,8 +17,10 @@ import numpy as np
 from arms import ARMS
 from studies.data import Run, all_runs, diagnoses, runs_of
 from studies.diagnose import partial_interval, partial_spearman, spearman, spearman_test
+from studies.larger_step import CHANGING, collapse_rows, lead_rows, speed_rows, start_rows
+from studies.larger_step import WORLDS as LARGER_STEP_WORLDS
 from studies.pairs import doses, trained_pairs
-from studies.stats import T_975, t_interval
+from studies.stats import FALL, T_975, t_interval
 from worlds import ENVIRONMENTS
 
 Comparison = dict[str, dict[int, Run]]  # by label, the runs by seed; the first is the baseline
@@ -45,6 +47,12 @@ def all_tables() -> str:
     sections.append(f"## What the weights come to, and cost\n\n{weights_table()}\n")
     sections.append(f"## Effective tokens\n\n{EFFECTIVE}\n\n{effective_table()}\n")
     sections.append(f"## Matched learning rates\n\n{MATCHED}\n\n{matched_rates_table()}\n")
+    if lead_rows():
+        sections.append(f"## Matched speed\n\n{SPEED}\n\n{speed_table()}\n\n{leads_table()}\n")
+    if start_rows():
+        sections.append(f"## Starts\n\n{STARTS}\n\n{starts_table()}\n")
+    if collapse_rows():
+        sections.append(f"## Collapse\n\n{COLLAPSE}\n\n{collapse_table()}\n")
     sections.append(f"## Falls\n\n{FALLS}\n\n{falls_table()}\n")
     sections.append(f"## What the reasoning is like\n\n{reasoning_table()}\n")
     sections.append(f"## What was promised, and what was gained\n\n{pairs_table()}\n")
@@ -122,6 +130,9 @@ def comparisons() -> dict[str, Comparison]:
     found["Sudoku, the default world"] = arms_of("default-world", names=("grpo", "actfocus"))
     names = ("grpo", "actfocus", "discount", "energy", "placebo", "blame")
     found["Sudoku"] = arms_of("seeds-sudoku", names=names)
+    if others("sudoku"):
+        found["Sudoku, what others do"] = others("sudoku")
+        found["FrozenLake, what others do"] = others("frozenlake")
     found["Sudoku, silence blamed"] = arms_of("seeds-sudoku", names=("actfocus", "blame"))
     found["Sudoku, discount"] = arms_of("seeds-sudoku", names=("discount", "actfocus"))
     for lr in (1e-4, 1e-3):
@@ -168,6 +179,21 @@ def planned() -> Comparison:
         "alpha 0.1": runs_of("planned/alpha0.1", arm="actfocus"),
         "alpha 0, beta 0": runs_of("planned/alpha0"),
     }
+
+
+OTHERS = ("top-entropy", "low-prob", "span-placebo")  # the arms that were run beside the older ones
+
+
+def others(env: str) -> Comparison:
+    """Other people's weights and the control of these, beside the arms that ran before on the same
+    seeds; {} as long as not all of them have run."""
+    older = ("seeds-sudoku",) if env == "sudoku" else ("compare", "ablations")
+    names = ("grpo", "actfocus", "discount", "placebo")
+    new = {ARMS[name].label: runs_of("arms", env=env, arm=name) for name in OTHERS}
+    seeds = list(new[ARMS["span-placebo"].label])
+    if not all(list(runs) == seeds and seeds for runs in new.values()):
+        return {}
+    return seeds_of(arms_of(*older, names=names), range(seeds[0], seeds[-1] + 1)) | new
 
 
 def seeds_of(comparison: Comparison, seeds: range) -> Comparison:
@@ -337,13 +363,94 @@ def matched_rate(by_rate: Mapping[float, float], success: float) -> float | None
     return None
 
 
+# ------------------------------------------------------------------------------- a larger step?
+SPEED = """Both methods at several rates, twenty iterations, new seeds. *End* is the success in
+1,024 episodes after the last iteration. A run *fell* if its last evaluation is ten points or more
+below an earlier one. KL divergences, from the policy that played to the updated one, are in
+thousandths of a nat a token of the class; *distance* is that of the weights from the start over the
+length of the start's. The second table is ActFocus at 3e-4 less each other row, seed by seed.
+*By the clock* is the area over the seconds of training in place of the iterations, until the faster
+of the two runs has ended; *seconds* is ActFocus's time over the other's."""
+
+
+def speed_table() -> str:
+    """A row for each arm and rate: means over seeds."""
+    heads = ("world", "arm", "rate", "seeds", "to 50 %", "area", "training", "end", "fell",
+             "KL of actions", "KL of reasoning", "distance")  # fmt: skip
+    lines = []
+    for row in speed_rows():
+        cells = [row.env, ARMS[row.arm].label, f"{row.lr:g}", str(len(row.runs))]
+        for name in ("reach", "area", "training", "final"):
+            cells.append(f"{np.mean(row.values(name)):.1f}")
+        cells.append(f"{row.fallen} of {len(row.runs)}")
+        cells += [f"{1000 * np.mean(row.values(f'kl_{name}')):.2f}" for name in KL_OF]
+        lines.append([*cells, f"{np.mean(row.values('distance')):.3f}"])
+    return markdown(heads, lines)
+
+
+KL_OF = ("action", "reasoning")
+
+
+def leads_table() -> str:
+    """ActFocus at its default rate less each other arm and rate."""
+    heads = ("world", "ActFocus less", "to 50 %", "area", "area by the clock", "training", "end",
+             "fell", "seconds")  # fmt: skip
+    lines = []
+    for row in lead_rows():
+        cells = [row.env, f"{ARMS[row.arm].label} at {row.lr:g}"]
+        cells += [gain(row.differences[name]) for name in ("reach", "area", "clock", "training",
+                                                           "final")]  # fmt: skip
+        lines.append([*cells, "{}, {}".format(*row.fallen), f"{row.seconds:.2f}"])
+    return markdown(heads, lines)
+
+
+STARTS = """ActFocus less GRPO from several starting models, three seeds each, in points. The last
+row of a world is the mean over its starts with the 95 % interval over starts, and the number of
+starts in which the mean is positive."""
+
+
+def starts_table() -> str:
+    """A row for each start, and one for each world."""
+    lines = []
+    measured = ("training", "area", "final")
+    for env in LARGER_STEP_WORLDS:
+        starts = [start for start in start_rows() if start.env == env]
+        for start in starts:
+            seeds = str(len(start.gains["training"]))
+            cells = [f"{np.mean(start.gains[name]):+.1f}" for name in measured]
+            lines.append([env, start.name, seeds, *cells])
+        means = [[float(np.mean(start.gains[name])) for start in starts] for name in measured]
+        if len(starts) > 1:
+            lines.append([env, "all", f"{len(starts)} starts", *map(gain, means)])
+    return markdown(("world", "start", "seeds", *measured[:2], "end"), lines)
+
+
+COLLAPSE = """Sudoku for sixty iterations at 3e-4. *Fell at* is the first iteration whose evaluation
+is ten points below an earlier one. The other columns are the first iteration from which on a
+quantity differs, for three iterations in a row, by more than a tenth from what it was around the
+best evaluation; a dash says that it never does."""
+
+
+def collapse_table() -> str:
+    """A row for each long run."""
+    lines = []
+    for row in collapse_rows():
+        success = [100 * each for each in row.run.column("eval_success")[1]]
+        cells = [row.setting, ARMS[row.run.arm].label, str(row.run.seed)]
+        cells += [f"{max(success):.0f} at {row.best}", f"{success[-1]:.0f}"]
+        for at in (row.fell_at, *row.left.values()):
+            cells.append("-" if at is None else str(at))
+        lines.append(cells)
+    heads = ("setting", "arm", "seed", "best, %", "last, %", "fell at", *CHANGING)
+    return markdown(heads, lines)
+
+
 # ----------------------------------------------------------------------------------------- falls
 FALLS = """A run *falls* if the success of its last evaluation is ten points or more below that of
 an earlier one. These are all runs from the committed starts that did; true facts and tokens are
 those of the first iteration and of the last."""
 # Experiments that did not begin at the committed starts, by how their names begin.
 OTHER_STARTS = ("dose", "earlier-starts", "first-runs", "smollm2")
-FALL = 10  # points
 
 
 def falls_table() -> str:
@@ -367,9 +474,7 @@ def fallen_runs() -> list[Run]:
     """The runs from committed starts that end FALL points or more below an earlier evaluation."""
     fallen = []
     for run in all_runs():
-        success = run.column("eval_success")[1]
-        fell = 100 * (max(success) - success[-1]) >= FALL
-        if fell and not run.experiment.startswith(OTHER_STARTS):
+        if run.drop >= FALL and not run.experiment.startswith(OTHER_STARTS):
             fallen.append(run)
     return fallen
 
