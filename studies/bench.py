@@ -7,7 +7,9 @@
 A section compares several ways of doing the same work, in one run on one machine:
 
     loss       the value and the gradients of the policy loss, with an entropy bonus: with all
-               logits, with a selective log-softmax, recomputed in backward, TRL's, and fused
+               logits, with a selective log-softmax, recomputed in backward, TRL's, and fused;
+               beside them the three bare matrix products that all of them need, and on CUDA
+               Liger's cross-entropy
     update     the update of one iteration: ActFocus against GRPO, without and with the KL penalty
     rollout    sampled tokens a second: ours against a loop that calls `model.generate` every turn
     iteration  playing and updating: ours against TRL's GRPOTrainer (optional: pip install trl)
@@ -51,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 
 from actfocus import group_advantages
 from arms import ARMS, Arm
-from energy import CHUNK_ELEMENTS, matmul
+from energy import CHUNK_ELEMENTS, chunks_of, matmul
 from envs import Step
 from fused_loss import LossSettings, fused_policy_loss, policy_loss, token_loss
 from policy import Policy, load_policy
@@ -153,8 +155,30 @@ def loss_of_stats(
     )  # fmt: skip
 
 
-WAYS = (full, selective, recomputed, trl, fused)
-LOSSES = {way.__name__: way for way in WAYS}
+def products(given: LossInputs, entropy_coef: float) -> Tensor:
+    """No loss, but what every one of them needs: the three bare matrix products, of the logits and
+    of the two gradients, chunk by chunk. Returns a 0 whose gradients are zeros."""
+    hidden, head = given.hidden.detach(), given.head.detach()
+    grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
+    for chunk in chunks_of(len(hidden), max(1, 8 * CHUNK_ELEMENTS // len(head))):
+        logits = hidden[chunk] @ head.T
+        grad_hidden[chunk] = logits @ head
+        grad_head.addmm_(logits.T, hidden[chunk])
+    return 0 * given.hidden[0, 0]
+
+
+def liger(given: LossInputs, entropy_coef: float) -> Tensor:
+    """Liger's fused linear cross-entropy (Triton, CUDA only; pip install liger-kernel): no policy
+    loss, since it has no ratio, no weights and no entropy, but the same passes over the logits."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    return LigerFusedLinearCrossEntropyLoss()(given.head, given.hidden, given.targets)
+
+
+LOSSES = {way.__name__: way for way in (full, selective, recomputed, trl, fused)}
+YARDSTICKS = {way.__name__: way for way in (products, liger)}  # the same work, and not the loss
 COPIES = {"full": 6, "selective": 3}  # how many copies of the logits a way holds, about; else none
 
 
@@ -164,7 +188,7 @@ def bench_loss(args: argparse.Namespace) -> Iterator[Result]:
     for vocabulary, tokens in itertools.product(args.vocabulary, args.tokens):
         size = f"{tokens} tokens, vocabulary {vocabulary}"
         costs = {}
-        for way in LOSSES:
+        for way in LOSSES | YARDSTICKS:
             needed = (COPIES.get(way, 0) * tokens + 3 * args.width) * vocabulary * 4 / 2**30
             if needed > 0.9 * memory:
                 print(f"loss, {way}, {size}: left out, it needs some {needed:.0f} GiB")
@@ -224,7 +248,7 @@ def measure_loss(
 ) -> Cost:
     """The cost of a loss's value and gradients, the faster of two times."""
     options = {} if chunk_size is None else {"chunk_size": chunk_size}
-    loss = partial(LOSSES[way], entropy_coef=0.001, **options)
+    loss = partial((LOSSES | YARDSTICKS)[way], entropy_coef=0.001, **options)
     generator = torch.Generator(device).manual_seed(0)
     time_loss(loss, random_inputs(64, 1024, width, dtype, generator))  # libraries set up
     given = random_inputs(tokens, vocabulary, width, dtype, generator)
@@ -566,19 +590,23 @@ def frozen_lake():
 def shaped_policy(args: argparse.Namespace) -> Policy:
     """The built-in model; or with --shape a model of that shape, with random weights and the
     built-in tokenizer."""
-    policy = load_policy(start_folder("frozenlake"), args.device)
     if not args.shape:
-        return policy
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
-    tokenizer = policy.tokenizer
+        return load_policy(start_folder("frozenlake"), args.device)
+    return random_policy(SHAPES[args.shape], args.device)
+
+
+def random_policy(shape: tuple[int, ...], device: str) -> Policy:
+    """A model with random weights and the built-in tokenizer. shape: as in SHAPES."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = shape
+    built_in = load_policy(start_folder("frozenlake"), "cpu")
     config = transformers.Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         tie_word_embeddings=True, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=policy.end_of_turn,
+        pad_token_id=built_in.tokenizer.pad_token_id, eos_token_id=built_in.end_of_turn,
     )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).to(args.device)
-    return Policy(model, tokenizer)
+    model = transformers.Qwen2ForCausalLM(config).to(device)
+    return Policy(model, built_in.tokenizer)
 
 
 def use_plain_attention(policy: Policy) -> None:
