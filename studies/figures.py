@@ -18,8 +18,8 @@ from matplotlib.transforms import offset_copy
 
 from arms import ARMS
 from studies.data import DATA, FIGURES, Run, diagnoses, read_settings, read_table, runs_of
+from studies.larger_step import SEEDS_FOR_INTERVAL, Speed, speed_rows, start_rows
 from studies.larger_step import WORLDS as LARGER_STEP_WORLDS
-from studies.larger_step import Speed, speed_rows, start_rows
 from studies.pairs import Pair, doses, trained_pairs
 from studies.stats import share_interval, t_interval
 from studies.tables import Comparison, arms_of, others, state_rows
@@ -329,40 +329,63 @@ def draw_by_rate(axes: Axes, found: Mapping[float, tuple], title: str) -> None:
 
 
 def draw_speed() -> None:
-    """A point for each arm and rate: how fast it learns, and how many of its runs fall."""
+    """A point for each arm and rate: how fast it learns, beside how many of its runs fall and how
+    far an update moves its reasoning."""
     rows = speed_rows()
     worlds = [env for env in LARGER_STEP_WORLDS if any(row.env == env for row in rows)]
-    seeds = max(len(row.runs) for row in rows)
-    title = f"Speed and stability at each learning rate, {seeds} seeds: 95 % intervals"
-    figure, panels = new_figure(2, title)
-    for axes, env in zip(panels, worlds, strict=False):
+    figure = Figure(figsize=(11, 4.2 * len(worlds)), layout="constrained")
+    figure.suptitle(
+        "Each arm at each learning rate: means over seeds with 95 % intervals; of the KL, the "
+        "least and the largest"
+    )
+    for (falls, moves), env in zip(figure.subplots(len(worlds), 2, squeeze=False), worlds,
+                                   strict=True):  # fmt: skip
         for arm in ("discount", "actfocus", "grpo"):
             here = [row for row in rows if (row.env, row.arm) == (env, arm)]
-            draw_speeds(axes, here)
-        axes.set(title=WORLDS[env][0], xlabel="mean evaluation success (area), %")
-        axes.set(ylabel="runs that fall by ten points, %", ylim=(-4, 104))
-        plain(axes)
+            draw_speeds(falls, here, [falling(row) for row in here])
+            draw_speeds(moves, here, [moving(row) for row in here])
+        falls.set(title=f"{WORLDS[env][0]}: speed and stability", ylim=(-4, 104))
+        falls.set(ylabel="runs that end ten points below their best, %")
+        moves.set(title=f"{WORLDS[env][0]}: what the updates move", yscale="log")
+        moves.set(ylabel="KL of reasoning, nats a token and iteration")
+        for axes in (falls, moves):
+            axes.set(xlabel="mean evaluation success (area), %")
+            axes.margins(x=0.15)
+            plain(axes)
     figure.savefig(FIGURES / "speed.png", dpi=110)
 
 
-def draw_speeds(axes: Axes, rows: Sequence[Speed]) -> None:
-    """The points of one arm, joined in the order of their rates, each with its rate."""
-    x = [float(np.mean(row.values("area"))) for row in rows]
-    y = [100 * row.fallen / len(row.runs) for row in rows]
+def falling(row: Speed) -> tuple[float, float, float]:
+    """The share of the runs that fall, in percent, and its interval: low, value, high."""
+    low, high = share_interval(row.fallen, len(row.runs))
+    return 100 * low, 100 * row.fallen / len(row.runs), 100 * high
+
+
+def moving(row: Speed) -> tuple[float, float, float]:
+    """The KL of reasoning: its geometric mean over seeds between the least and the largest."""
+    values = row.values("kl_reasoning")
+    return min(values), float(np.exp(np.mean(np.log(values)))), max(values)
+
+
+def draw_speeds(
+    axes: Axes, rows: Sequence[Speed], heights: Sequence[tuple[float, float, float]]
+) -> None:
+    """The points of one arm, joined in the order of their rates, each with its rate. heights: low,
+    value, high."""
     if not rows:
         return
     label = ARMS[rows[0].arm].label
     color = COLORS[label]
-    axes.plot(x, y, color=color, linewidth=1, alpha=0.5)
-    for row, across, up in zip(rows, x, y, strict=True):
-        low, high = (100 * end for end in share_interval(row.fallen, len(row.runs)))
-        half = t_interval(row.values("area"))
+    x = [float(np.mean(row.values("area"))) for row in rows]
+    axes.plot(x, [middle for _, middle, _ in heights], color=color, linewidth=1, alpha=0.5)
+    for row, across, (low, middle, high) in zip(rows, x, heights, strict=True):
+        half = t_interval(row.values("area")) if len(row.runs) >= SEEDS_FOR_INTERVAL else 0
+        bars = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
         axes.errorbar(
-            across, up, yerr=[[up - low], [high - up]], xerr=half, fmt="o", color=color,
-            capsize=2, elinewidth=0.8,
+            across, middle, yerr=bars, xerr=half, fmt="o", color=color, capsize=2, elinewidth=0.8
         )  # fmt: skip
         axes.annotate(
-            f"{label}\n{row.lr:g}", (across, up), xytext=(5, 5), textcoords="offset points",
+            f"{label}\n{row.lr:g}", (across, middle), xytext=(5, 5), textcoords="offset points",
             color=color, fontsize=8,
         )  # fmt: skip
 

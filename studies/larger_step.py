@@ -18,6 +18,8 @@ from studies.stats import FALL
 WORLDS = ("sudoku", "frozenlake")
 ACTFOCUS_RATE = 3e-4  # the default, which every rate of GRPO is held against
 
+SEEDS_FOR_INTERVAL = 3  # with two seeds, an interval is wider than all that can be
+
 
 # -------------------------------------------------------------------------------- matched speed
 class Speed(NamedTuple):
@@ -43,12 +45,16 @@ def speed_measures(run: Run) -> dict[str, float]:
 
     `reach` of a run that never comes to one half is the number of its iterations, so that a mean
     exists; it is too small then. KL divergences are medians over the iterations, since those of a
-    run that falls are large in a few of them.
+    run that falls are large in a few of them. `dip` is the largest difference of an evaluation to
+    an earlier one, in points, from which a run may have recovered.
     """
     found = run.measures()
     found["reach"] = min(found["reach"], run.settings["iterations"])
     for name in ("kl_action", "kl_reasoning"):
         found[name] = float(np.median(run.column(name)[1]))
+    success = 100 * np.array(run.column("eval_success")[1])
+    found["dip"] = float(np.max(np.maximum.accumulate(success) - success))
+    found["facts"] = 100 * run.column("reasoning_accuracy")[1][-1]
     found["distance"] = run.column("distance")[1][-1]
     found["seconds"] = sum(run.column("seconds")[1])
     return found

@@ -17,7 +17,14 @@ import numpy as np
 from arms import ARMS
 from studies.data import Run, all_runs, diagnoses, runs_of
 from studies.diagnose import partial_interval, partial_spearman, spearman, spearman_test
-from studies.larger_step import CHANGING, collapse_rows, lead_rows, speed_rows, start_rows
+from studies.larger_step import (
+    CHANGING,
+    SEEDS_FOR_INTERVAL,
+    collapse_rows,
+    lead_rows,
+    speed_rows,
+    start_rows,
+)
 from studies.larger_step import WORLDS as LARGER_STEP_WORLDS
 from studies.pairs import doses, trained_pairs
 from studies.stats import FALL, T_975, t_interval
@@ -366,23 +373,27 @@ def matched_rate(by_rate: Mapping[float, float], success: float) -> float | None
 # ------------------------------------------------------------------------------- a larger step?
 SPEED = """Both methods at several rates, twenty iterations, new seeds. *End* is the success in
 1,024 episodes after the last iteration. A run *fell* if its last evaluation is ten points or more
-below an earlier one. KL divergences, from the policy that played to the updated one, are in
-thousandths of a nat a token of the class; *distance* is that of the weights from the start over the
-length of the start's. The second table is ActFocus at 3e-4 less each other row, seed by seed.
-*By the clock* is the area over the seconds of training in place of the iterations, until the faster
-of the two runs has ended; *seconds* is ActFocus's time over the other's."""
+below an earlier one. The *deepest dip* is the largest difference of any evaluation of its runs to
+an earlier one, in points. *True facts* are those of the last iteration. KL divergences, from the
+policy that played to the updated one, are in thousandths of a nat a token of the class; *distance*
+is that of the weights from the start over the length of the start's. The second table is ActFocus
+at 3e-4 less each other row, seed by seed. *By the clock* is the area over the seconds of training
+in place of the iterations, until the faster of the two runs has ended; *seconds* is ActFocus's
+time over the other's."""
 
 
 def speed_table() -> str:
     """A row for each arm and rate: means over seeds."""
     heads = ("world", "arm", "rate", "seeds", "to 50 %", "area", "training", "end", "fell",
-             "KL of actions", "KL of reasoning", "distance")  # fmt: skip
+             "deepest dip", "true facts", "KL of actions", "KL of reasoning",
+             "distance")  # fmt: skip
     lines = []
     for row in speed_rows():
         cells = [row.env, ARMS[row.arm].label, f"{row.lr:g}", str(len(row.runs))]
         for name in ("reach", "area", "training", "final"):
             cells.append(f"{np.mean(row.values(name)):.1f}")
-        cells.append(f"{row.fallen} of {len(row.runs)}")
+        cells += [f"{row.fallen} of {len(row.runs)}", f"{np.max(row.values('dip')):.0f}"]
+        cells.append(f"{np.mean(row.values('facts')):.0f} %")
         cells += [f"{1000 * np.mean(row.values(f'kl_{name}')):.2f}" for name in KL_OF]
         lines.append([*cells, f"{np.mean(row.values('distance')):.3f}"])
     return markdown(heads, lines)
@@ -398,10 +409,21 @@ def leads_table() -> str:
     lines = []
     for row in lead_rows():
         cells = [row.env, f"{ARMS[row.arm].label} at {row.lr:g}"]
-        cells += [gain(row.differences[name]) for name in ("reach", "area", "clock", "training",
+        cells += [shown(row.differences[name]) for name in ("reach", "area", "clock", "training",
                                                            "final")]  # fmt: skip
         lines.append([*cells, "{}, {}".format(*row.fallen), f"{row.seconds:.2f}"])
     return markdown(heads, lines)
+
+
+def shown(gains: list[float]) -> str:
+    """As `gain`, but without an interval where there are too few seeds for one.
+
+    >>> shown([1.0, 2.0, -3.0]), shown([1.0])
+    ('+0.0 ± 6.6 (2/3)', '+1.0 (1/1)')
+    """
+    if len(gains) >= SEEDS_FOR_INTERVAL:
+        return gain(gains)
+    return f"{np.mean(gains):+.1f} ({sum(each > 0 for each in gains)}/{len(gains)})"
 
 
 STARTS = """ActFocus less GRPO from several starting models, three seeds each, in points. The last
@@ -625,6 +647,7 @@ def doses_table() -> str:
         f"From the least share to the largest, by a line through the {len(x)} starts: "
         f"{slope * widest:+.1f} ± {T_975[freedom - 1] * error * widest:.1f} points."
     )
+    said += f" Their mean gain is {with_interval(y.tolist())} points, by an interval over starts."
     return f"{markdown(heads, lines)}\n\n{said}"
 
 

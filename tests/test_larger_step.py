@@ -8,7 +8,12 @@ from studies import larger_step, stats
 from studies.data import Run
 from studies.larger_step import area_by_clock, collapse_rows, lead_rows, speed_rows, start_rows
 
-COSTS = {"kl_action": "0.002", "kl_reasoning": "0.001", "distance": "0.5"}
+COSTS = {
+    "kl_action": "0.002",
+    "kl_reasoning": "0.001",
+    "distance": "0.5",
+    "reasoning_accuracy": "0.9",
+}
 
 
 def run(experiment, arm, success, seed=0, lr=3e-4, env="sudoku", seconds=10, final=None, **columns):
@@ -49,6 +54,8 @@ def test_a_rate_is_compared_seed_by_seed(data):
     assert row.differences["final"] == pytest.approx([60.0, -10.0])
     assert row.differences["reach"] == [1 - 2, 1 - 2]  # seed 1 of GRPO never comes to one half
     assert row.fallen == (1, 0)  # seed 2, from 60 to 40
+    ours = speed_rows()[1]
+    assert ours.values("dip") == pytest.approx([0, 20]) and ours.values("facts") == [90, 90]
     assert row.seconds == pytest.approx(2.0)
     # until 10 seconds: ActFocus has had one iteration and GRPO both
     assert row.differences["clock"] == pytest.approx([40 - 17.5, 30 - 35])

@@ -520,7 +520,7 @@ def test_the_matched_rates_of_the_page_are_those_of_the_table():
 
 def test_the_falls_of_the_page_are_those_of_the_table():
     page = (ROOT / "results" / "evidence.md").read_text()
-    falls = rows_below("Falls")
+    falls = [row for row in rows_below("Falls") if not row[0].startswith("speed-")]
     sudoku = [row for row in falls if row[0] in ("rate-sudoku", "seeds-sudoku")]
     shown = re.findall(r"^\| (1e-3|3e-4) \| (.+) \| (\d+) \| (.+, .+) \| (.+) \|$", page, re.M)
     found = [(float(rate), *rest) for rate, *rest in shown]
