@@ -381,11 +381,13 @@ def draw_speeds(
     for row, across, (low, middle, high) in zip(rows, x, heights, strict=True):
         half = t_interval(row.values("area")) if len(row.runs) >= SEEDS_FOR_INTERVAL else 0
         bars = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+        sides = [[min(half, across)], [min(half, 100 - across)]]
         axes.errorbar(
-            across, middle, yerr=bars, xerr=half, fmt="o", color=color, capsize=2, elinewidth=0.8
+            across, middle, yerr=bars, xerr=sides, fmt="o", color=color, capsize=2, elinewidth=0.8
         )  # fmt: skip
         axes.annotate(
-            f"{label}\n{row.lr:g}", (across, middle), xytext=(5, 5), textcoords="offset points",
+            f"{label}\n{row.lr:g}", (across, middle), textcoords="offset points",
+            xytext=(-5 if row.arm == "grpo" else 5, 5), ha="right" if row.arm == "grpo" else "left",
             color=color, fontsize=8,
         )  # fmt: skip
 
