@@ -141,13 +141,13 @@ class Policy:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def frozen_copy(self) -> Policy:
-        """The reference: the same policy with a copy of the weights that is never trained. The copy
-        is in bfloat16 if the policy computes in it, for the weights would be rounded anyway."""
+        """The reference: the same policy with a copy of the weights that is never trained. It says
+        exactly what the policy says as long as that is not trained, in bfloat16 too: there the copy
+        keeps in bfloat16 only what is rounded in each pass anyway."""
         frozen = copy.copy(self)
         frozen.model = copy.deepcopy(self.model).requires_grad_(False)
         if self.bfloat16:
-            # The buffers stay as they are: rounded, rotary frequencies would lose their places.
-            for parameter in frozen.model.parameters():
+            for parameter in weights_that_autocast_rounds(frozen.model):
                 parameter.data = parameter.data.to(torch.bfloat16)
         return frozen
 
@@ -163,6 +163,18 @@ class Policy:
         """Write a checkpoint that `load_policy(folder)` and any Hugging Face tool can load."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def weights_that_autocast_rounds(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights of the linear layers: of them autocast makes a bfloat16 copy in each pass.
+
+    Norms and the embedding stay as they are, and with them the residual stream: rounded, they would
+    make another function of the model. A head that is tied to the embedding is not among the
+    weights, therefore.
+    """
+    embedding = model.get_input_embeddings().weight
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    return [each for layer in layers for each in layer.parameters() if each is not embedding]
 
 
 def load_policy(

@@ -74,7 +74,8 @@ class LoraPolicy(Policy):
 
 def load_with_adapters(folder: str | Path, config: Config) -> LoraPolicy:
     """The policy of a checkpoint with new adapters of the rank config.lora, which are float32. The
-    frozen weights are in bfloat16 if the policy computes in it, for they would be rounded anyway.
+    frozen weights are in bfloat16 if the policy computes in it, which halves their memory; the
+    reference is the same model, and so is rounded alike.
 
     Raises ValueError or OSError for a checkpoint that cannot be used.
     """

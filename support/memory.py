@@ -23,6 +23,7 @@ import transformers
 
 from arms import Arm
 from energy import CHUNK_ELEMENTS
+from policy import weights_that_autocast_rounds
 from support.config import ActFocusConfig, Config, parse
 from support.logs import LARGE
 from support.lora import add_adapters
@@ -90,7 +91,7 @@ def estimate_run(model: str | Path, config: Config, arms: list[Arm]) -> Estimate
         transformers.AutoConfig.from_pretrained(model, trust_remote_code=False),
         config.device,
         bfloat16=config.bfloat16,
-        reference=any(arm.beta for arm in arms) or config.kl_coef > 0,
+        reference=any(arm.needs_reference for arm in arms) or config.kl_coef > 0,
         critic=any(arm.critic for arm in arms),
         lora=config.lora,
         recompute=config.gradient_checkpointing,
@@ -121,6 +122,7 @@ def estimate(
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = parameters - trained
+    rounded = sum(p.numel() for p in weights_that_autocast_rounds(network))
     vocabulary, width = network.get_output_embeddings().weight.shape
     layers, heads = shape.num_hidden_layers, shape.num_attention_heads
     head_width = getattr(shape, "head_dim", None) or width // heads
@@ -132,7 +134,7 @@ def estimate(
     always = {
         "weights": 4 * trained + size * frozen,
         "Adam": 8 * trained,
-        "reference": size * parameters if reference else 0,
+        "reference": 4 * parameters - (4 - size) * rounded if reference else 0,
         "critic": 16 * parameters if critic else 0,  # weights, gradients, Adam
         # each arm begins from them; they are kept in the memory of the machine, not of a GPU
         "initial weights": initial_weights if on_cpu else 0,

@@ -79,9 +79,9 @@ def loss_of(policy, rollouts):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_the_policy_begins_as_the_reference(bfloat16, device, start, played):
-    """Bit for bit, and both as the model without adapters. In bfloat16 that is the frozen copy."""
+    """Bit for bit, and both as the model without adapters, whose weights are rounded as theirs."""
     policy = load_with_adapters(start, config_of(bfloat16=bfloat16, device=device))
-    plain = load_policy(start, device, bfloat16).frozen_copy()
+    plain = load_policy(start, device, bfloat16, next(policy.model.parameters()).dtype)
     for field in ("ids", "labels", "lengths"):
         setattr(played, field, getattr(played, field).to(device))
     found = [
@@ -135,8 +135,8 @@ def test_the_first_iteration_weighs_as_without_adapters(start, tmp_path, monkeyp
     class Seen(Exception):
         pass
 
-    def see(policy, optimizer, rollouts, advantages, weights, *others):
-        raise Seen(rollouts.ids, advantages, weights)
+    def see(policy, optimizer, batch, *others):
+        raise Seen(batch.rollouts.ids, batch.advantages, batch.weights)
 
     monkeypatch.setattr(train_grpo, "update", see)
     found = []

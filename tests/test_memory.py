@@ -47,7 +47,9 @@ if config.lora:
 before = int(open("/proc/self/statm").read().split()[1]) * page
 arms = {"actfocus": config.chosen_arms()["actfocus"]}
 train_grpo.run(config, arms)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss of getrusage: that counts what the parent of this process had taken.
+(peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+peak = 1024 * int(peak)
 print(json.dumps([peak - before, {moment: sum(by.values()) for moment, by in said[0].items()}]))
 """
 

@@ -17,6 +17,7 @@ from conftest import DEVICES
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from chat import describe_tools, encoders
+from energy import token_stats
 from envs import Step, read_call
 from kv_cache import use_packed_attention
 from policy import load_policy
@@ -151,7 +152,8 @@ def test_importing_the_policy_changes_nothing_in_transformers():
 def test_cuda_keeps_its_own_attention_and_a_reference_in_bfloat16(tiny_folder):
     policy = load_policy(tiny_folder, "cuda")
     assert policy.model.config._attn_implementation == "sdpa"
-    assert policy.frozen_copy().head.dtype == torch.bfloat16 and policy.head.dtype == torch.float32
+    layers = (each.model.model.layers[0].mlp.up_proj for each in (policy, policy.frozen_copy()))
+    assert [layer.weight.dtype for layer in layers] == [torch.float32, torch.bfloat16]
 
 
 # -------------------------------------------------------------------------- text and control tokens
@@ -372,11 +374,43 @@ def test_the_reference_is_a_frozen_copy(tiny):
     assert reference.model is not tiny.model and torch.equal(reference.head, tiny.head)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reference_in_bfloat16_is_the_policy_bit_for_bit(start, tied, device, tmp_path):
+    """Only what autocast rounds is kept rounded. With the embedding and the norms rounded as well,
+    the log-prob shift would be noise before the first update, where it has to be 0."""
+    folder = start
+    if not tied:
+        model = transformers.AutoModelForCausalLM.from_pretrained(start)
+        model.config.tie_word_embeddings = False
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(1.1 * head.weight.detach())
+        folder = shutil.copytree(start, tmp_path / "untied")
+        model.save_pretrained(folder)
+    policy = load_policy(folder, device, bfloat16=True)
+    reference = policy.frozen_copy()
+    assert (policy.head is policy.model.get_input_embeddings().weight) == tied
+    assert reference.head.dtype == (torch.float32 if tied else torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in reference.model.named_parameters()}
+    assert dtypes["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    assert dtypes["model.norm.weight"] == torch.float32
+    ids = torch.randint(len(policy.bytes_of), (2, 40), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device)
+    targets = ids[:, 1:].flatten()
+    with torch.no_grad():
+        found = []
+        for each in (policy, reference):
+            hidden = each.hidden(ids)[:, :-1].flatten(0, 1)
+            with each.autocast():
+                found.append(token_stats(hidden, each.head, targets))
+    for ours, its in zip(*found, strict=True):
+        assert torch.equal(ours, its)
+
+
 def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(start):
     """Rounded, they would be off by radians a thousand tokens on."""
     policy = load_policy(start, bfloat16=True)
     reference = policy.frozen_copy()
-    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
     buffers = dict(policy.model.named_buffers())
     assert buffers
     for name, buffer in reference.model.named_buffers():
