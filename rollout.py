@@ -19,6 +19,7 @@ sampled: nothing is decoded and encoded a second time.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import Cache
 
 from energy import TokenStats, token_stats
@@ -123,7 +125,7 @@ class Row:
         self.sampled += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
 
-    def sample(self, token: int, logprob: float) -> None:
+    def append(self, token: int, logprob: float) -> None:
         """Append a token that the model sampled."""
         self.ids.append(token)
         self.sampled.append(True)
@@ -164,17 +166,25 @@ def rollout(
     A turn ends at the end-of-turn token, at any other control token, or after `max_turn_tokens`. An
     episode that reaches `max_tokens` positions ends there as it stands. The random numbers of an
     episode depend on sampling_seed, its seed and how many equal seeds came before it, so neither
-    the batch's size nor its order changes what is played (beyond rounding). Raises ValueError for
-    no seeds, a temperature that is not positive, or a prompt over max_tokens.
+    the batch's size nor its order changes what is played (beyond rounding). An episode whose prompt
+    leaves no room for a turn is over at once, with the reward 0, and a note is printed.
+
+    Raises ValueError for no seeds or a temperature that is not positive, and CannotPlay if no
+    prompt leaves room for a turn, or if the rewards of an episode do not add up to a finite number.
     """
     if not len(seeds) or not temperature > 0:
         raise ValueError(f"{len(seeds)} seeds at temperature {temperature}: both must be positive")
     rows = new_rows(policy, env_factory, seeds, sampling_seed, max_tokens)
+    to_play = [row for row in rows if not row.done]
     with policy.autocast():  # once around all steps: it casts the weights once
-        for first in range(0, len(rows), at_once):
-            batch = rows[first : first + at_once]
+        for first in range(0, len(to_play), at_once):
+            batch = to_play[first : first + at_once]
             play_batch(policy, batch, temperature, max_turn_tokens, max_tokens)
-    return collate(policy, rows, max_tokens)
+    rollouts = collate(policy, rows, max_tokens)
+    for seed, reward in zip(seeds, rollouts.rewards.tolist(), strict=True):
+        if not math.isfinite(reward):
+            raise CannotPlay(f"the world's rewards in the episode of seed {seed} sum to {reward}")
+    return rollouts
 
 
 @torch.inference_mode()  # as no_grad, but the many small operations of decoding cost less
@@ -191,7 +201,7 @@ def play_batch(
         tokens, logprobs = sample(hidden, policy.head, temperature, uniforms)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             if row.samples_at(position):
-                row.sample(token, logprob)
+                row.append(token, logprob)
                 if token in policy.control_tokens or len(row.turn) == max_turn_tokens:
                     row.end_turn(policy)
         playing = [index for index, row in enumerate(rows) if not row.done]
@@ -217,29 +227,45 @@ def repeated(seeds: Sequence[int], times: int) -> list[int]:
 def new_rows(
     policy: Policy, env_factory: Callable, seeds: Sequence[int], sampling_seed: int, max_tokens: int
 ) -> list[Row]:
-    """A row per seed, with its prompt as the first tokens."""
-    rows = []
+    """A row per seed, with its prompt as the first tokens. One whose prompt is too long is done."""
+    rows, too_long = [], []
     times_seen = Counter()
     for seed in seeds:
         env = env_factory()
         prompt = policy.prompt(env.system, env.tools, env.reset(seed))
-        check_prompt_length(prompt, seed, max_tokens)
         generator = np.random.default_rng([sampling_seed, seed, times_seen[seed]])
         times_seen[seed] += 1
         row = Row(env, generator.random(max_tokens, dtype=np.float32))
         row.force(prompt)
+        row.done = len(prompt) >= max_tokens
+        if row.done:
+            too_long.append(seed)
         rows.append(row)
+    if too_long:
+        check_some_prompts_fit(rows, too_long, max_tokens)
     return rows
 
 
-class PromptTooLong(ValueError):
-    """A prompt leaves no room for a turn."""
+class CannotPlay(ValueError):
+    """Episodes that cannot be played, or not be learned from, and why."""
+
+
+def check_some_prompts_fit(rows: list[Row], too_long: list[int], max_tokens: int) -> None:
+    """Print a note about the seeds whose prompts are too long. Raises CannotPlay if all are."""
+    if len(too_long) == len(rows):
+        check_prompt_length(rows[0].ids, too_long[0], max_tokens)
+    longest = max(len(row.ids) for row in rows)
+    tqdm.write(
+        f"note: {len(too_long)} of {len(rows)} episodes cannot be played and count as failed: "
+        f"their prompts have up to {longest} tokens, and max_tokens is {max_tokens} (the first "
+        f"has seed {too_long[0]})"
+    )
 
 
 def check_prompt_length(prompt: list[int], seed: int, max_tokens: int) -> None:
-    """Raises PromptTooLong if the prompt of an episode leaves no room for a turn."""
+    """Raises CannotPlay if the prompt of an episode leaves no room for a turn."""
     if len(prompt) >= max_tokens:
-        raise PromptTooLong(
+        raise CannotPlay(
             f"the prompt of seed {seed} has {len(prompt)} tokens: "
             f"max_tokens is {max_tokens}, raise it"
         )
@@ -275,7 +301,7 @@ def sample(
     cumulative = logprobs.exp().cumsum(-1)
     points = torch.tensor(np.array(uniforms), device=hidden.device)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, points, right=True)  # (rows, 1)
-    tokens = tokens.clamp(max=logprobs.shape[1] - 1)
+    tokens = tokens.clamp(max=logprobs.shape[1] - 1)  # of logits that are nan it finds none
     return tokens.squeeze(1).tolist(), logprobs.gather(1, tokens).squeeze(1).tolist()
 
 

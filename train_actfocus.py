@@ -2,7 +2,8 @@
 
     python train_actfocus.py                  # both arms, one picture
     python train_actfocus.py --arms actfocus  # only one arm; arms.py lists them all
-    python train_actfocus.py --arms grpo,discount,placebo  # no energy term; random tokens
+    python train_actfocus.py --arms grpo,discount,placebo  # ActFocus without the energy, and its
+                                                           # weights on random tokens
 
 The loop is `train` of train_grpo.py. What ActFocus changes in it is stage 6, the weights of the
 tokens, and nothing else. This script shows these weights on one turn of the policy, and then trains
@@ -16,7 +17,7 @@ import torch
 from arms import Arm
 from envs import Step
 from policy import Policy
-from rollout import rollout, score_all
+from rollout import CannotPlay, rollout, score_all
 from support.config import ActFocusConfig, parse
 from support.transcripts import first_turn, pieces, print_token_table, print_weight_shares
 from train_grpo import run
@@ -46,18 +47,22 @@ def show_one_turn(policy: Policy, config: ActFocusConfig, arms: dict[str, Arm]) 
     the policy, and no second model is needed. Nothing of the training depends on this: the policy
     stays as it is, and the sampling uses random numbers of its own.
     """
-    rollouts = rollout(
-        policy, lambda: OneTurn(make_env(config.env)), [TURN_SEED], config.temperature,
-        sampling_seed=config.seed, max_turn_tokens=config.max_turn_tokens,
-        max_tokens=config.max_tokens,
-    )  # fmt: skip
+    try:
+        rollouts = rollout(
+            policy, lambda: OneTurn(make_env(config.env)), [TURN_SEED], config.temperature,
+            sampling_seed=config.seed, max_turn_tokens=config.max_turn_tokens,
+            max_tokens=config.max_tokens,
+        )  # fmt: skip
+    except CannotPlay as error:  # this one prompt; others may do
+        print(f"No turn is shown: {error}.")
+        return
     action, response = rollouts.action, rollouts.response  # (1, T) bool
-    frozen = score_all(policy, rollouts, response, config.temperature, config.micro_tokens)
+    stats = score_all(policy, rollouts, response, config.temperature, config.micro_tokens)
     weights = {
-        name: arm.weights(rollouts, frozen, config.seed, policy_entropy=frozen.entropy)
+        name: arm.weights(rollouts, stats, config.seed, policy_entropy=stats.entropy)
         for name, arm in arms.items()
     }
-    energy = frozen.energy.masked_fill(~action, torch.nan)  # (1, T)
+    energy = stats.energy.masked_fill(~action, torch.nan)  # (1, T)
 
     print(
         "\nOne turn of the policy before training, and how much each token of it weighs in\n"

@@ -8,11 +8,14 @@ The stages, with the numbers that the README and walkthrough.py use as well:
     1   load the policy          once, and give every arm the same weights
     2   evaluate                 every few iterations, on fixed episodes
     3   play groups              each prompt several times
+    3b  most varied groups       the paper's filter; off by default
     4   segment                  each sampled token is reasoning, action or format
+    4b  log-probs anew           where the model computes in bfloat16
     5   advantages               within each group, or from PPO's critic
     6a  the reference reads      only for arms that use its energy, or for a KL penalty
     6b  token weights            all that ActFocus changes in the update
     7   mini-batch updates       one optimizer step for each mini-batch
+    7b  the critic learns        in PPO
     8   log                      a row of the CSV
     9   draw                     curves.png at each evaluation, episodes.html at the end
 
@@ -35,6 +38,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +51,7 @@ from fused_loss import LossSettings, fused_policy_loss
 from model_checks import check_length
 from policy import Policy, load_policy
 from rollout import (
-    PromptTooLong,
+    CannotPlay,
     Rollouts,
     check_prompt_length,
     repeated,
@@ -66,7 +70,7 @@ from support.side_by_side import arms_at_once, choose_threads, train_side_by_sid
 from support.warm_start import EVAL_SEEDS, WARM_START_SEEDS, start_folder
 from worlds import make_env
 
-Weights = dict[str, Tensor]  # of a model, by name; not those of tokens
+ModelState = dict[str, Tensor]  # the weights of a model, by name
 # A token has nearly the same log-prob when it is sampled and when the update begins. If the 99th
 # percentile of the difference exceeds this, in nats, the run ends with a sentence. Rounding alone
 # makes 0.00002 in float32 and 0.08 in bfloat16 (measured on SmolLM2-135M).
@@ -77,7 +81,7 @@ SAMPLING_GAP_BFLOAT16 = 0.5
 # ---------------------------------------------------------------------------------------- the loop
 def train(
     policy: Policy,
-    start: Weights,
+    start: ModelState,
     config: Config,
     name: str,
     arm: Arm,
@@ -90,6 +94,7 @@ def train(
     """
     out = Path(config.out)
     policy.load_state_dict(start)  # 1
+    # NOTE: the reference and the critic are copies of the start, so a state is restored after them.
     reference = policy.frozen_copy() if arm.needs_reference or config.kl_coef else None
     estimator = make_critic(policy, config) if arm.critic else GroupAdvantages(config.group_size)
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
@@ -114,15 +119,14 @@ def train(
         rollouts = most_varied(played, config)  # 3b: the paper's filter, off by default
         rollouts = rescored(rollouts, policy, config)  # 4b: in bfloat16 only
         advantages = estimator.advantages(rollouts)  # 5
-        frozen = read(reference, rollouts, config)  # 6a
-        weights = weigh(arm, rollouts, frozen, advantages, policy, config, iteration)  # 6b
+        reference_stats = read(reference, rollouts, config)  # 6a
+        weights = weigh(arm, rollouts, reference_stats, advantages, policy, config, iteration)  # 6b
+        batch = Batch(rollouts, advantages, weights, reference_stats)
         guard.iteration = iteration
-        log |= update(
-            policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard
-        )  # 7
+        log |= update(policy, optimizer, batch, config, rng, guard)  # 7
         log |= estimator.fit(rollouts)  # 7b: PPO's critic learns; GRPO has none
         log["seconds"] = time.perf_counter() - began
-        log |= measure(played, rollouts, advantages, weights, policy, start, config)
+        log |= measure(played, batch, policy, start, config)
         logs.log_prompts(out / "prompts.csv", name, iteration, prompts, played)
         logs.log(out / f"{name}.csv", log)  # 8
         if iteration == 0 and not arm.uniform:
@@ -144,9 +148,18 @@ def train(
     progress.close()
 
 
+class Batch(NamedTuple):
+    """What an iteration trains on, B rollouts of up to T tokens: the outcome of stages 3 to 6b."""
+
+    rollouts: Rollouts
+    advantages: Tensor  # (B, T)
+    weights: Tensor  # (B, T)
+    reference_stats: TokenStats | None  # (B, T) each; None if no reference reads the rollouts
+
+
 # ------------------------------------------------------------------------------ 2 to 6a, one by one
 def evaluate(
-    policy: Policy, start: Weights, config: Config, name: str, arm: Arm, iteration: int
+    policy: Policy, start: ModelState, config: Config, name: str, arm: Arm, iteration: int
 ) -> dict[str, float]:
     """2. Play the evaluation's episodes, the same ones every time. Returns columns of the log.
 
@@ -174,7 +187,7 @@ def evaluate(
 
 def keep_examples(
     policy: Policy,
-    start: Weights,
+    start: ModelState,
     config: Config,
     name: str,
     arm: Arm,
@@ -192,10 +205,10 @@ def keep_examples(
     at_start = other_weights(policy, start) if iteration else contextlib.nullcontext(policy)
     with at_start as starting_policy:
         temperature, micro_tokens = config.eval_temperature, config.micro_tokens
-        frozen = score_all(starting_policy, few, few.response, temperature, micro_tokens)
+        reference_stats = score_all(starting_policy, few, few.response, temperature, micro_tokens)
     entropy = policy_entropy(policy, few, config) if arm.needs_policy_entropy else None
-    weights = arm.weights(few, frozen, config.seed, policy_entropy=entropy)
-    transcripts.save_episodes(out, name, iteration, policy, few, frozen, weights)
+    weights = arm.weights(few, reference_stats, config.seed, policy_entropy=entropy)
+    transcripts.save_episodes(out, name, iteration, policy, few, reference_stats, weights)
 
 
 def play_groups(policy: Policy, config: Config, prompts: Sequence[int]) -> Rollouts:
@@ -255,7 +268,7 @@ def read(reference: Policy | None, rollouts: Rollouts, config: Config) -> TokenS
 def weigh(
     arm: Arm,
     rollouts: Rollouts,
-    frozen: TokenStats | None,
+    reference_stats: TokenStats | None,
     advantages: Tensor,
     policy: Policy,
     config: Config,
@@ -264,8 +277,12 @@ def weigh(
     """6b. The weight of every token, (B, T). An arm that looks at the policy's entropy costs one
     more forward pass; no other arm does."""
     entropy = policy_entropy(policy, rollouts, config) if arm.needs_policy_entropy else None
-    seed = config.seed + 1000 * iteration  # of arms that draw at random, such as the placebo
-    return arm.weights(rollouts, frozen, seed, policy_entropy=entropy, advantages=advantages)
+    # For arms that draw at random, such as the placebo. With a seed of a run below 1000, no two of
+    # its iterations share one.
+    seed = config.seed + 1000 * iteration
+    return arm.weights(
+        rollouts, reference_stats, seed, policy_entropy=entropy, advantages=advantages
+    )
 
 
 def policy_entropy(policy: Policy, rollouts: Rollouts, config: Config) -> Tensor:
@@ -277,21 +294,19 @@ def policy_entropy(policy: Policy, rollouts: Rollouts, config: Config) -> Tensor
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts,
-    advantages: Tensor,
-    weights: Tensor,
-    frozen: TokenStats | None,
+    batch: Batch,
     config: Config,
     rng: random.Random,
     guard: Guard,
 ) -> dict[str, float]:
     """7. One pass over the rollouts in shuffled mini-batches, with an optimizer step for each.
 
-    advantages, weights: (B, T); frozen: of the reference, read only for the KL penalty. A
-    mini-batch is split into micro-batches that fit into memory; their gradients add up to that of
-    the whole, since each divides by the sums of the whole. With --skip-equal nothing steps if no
-    token has an advantage. Returns columns of the log.
+    A mini-batch is split into micro-batches that fit into memory; their gradients add up to that of
+    the whole, since each divides by the sums of the whole. What the reference says is used only for
+    the KL penalty. With --skip-equal nothing steps if no token has an advantage. Returns columns of
+    the log.
     """
+    rollouts, advantages, weights, reference_stats = batch
     may_step = not config.skip_equal or bool(advantages.any())
     settings = LossSettings(
         temperature=config.temperature,
@@ -306,11 +321,12 @@ def update(
         normalizer = weights[minibatch].sum()  # the clipped loss is a mean by weight,
         count = rollouts.response[minibatch].sum()  # entropy bonus and KL are means over tokens
         for indices in rollouts.micro_batches(minibatch, config.micro_tokens):
-            mask = rollouts.response[indices]  # (b, T), N of them True
             hidden, targets = scored_hidden(policy, rollouts, indices, rollouts.response)
+            # The same N tokens, row by row: no first token is sampled, and none after the end.
+            mask = rollouts.response[indices]  # (b, T)
             old_logprob = rollouts.old_logprob[indices][mask]  # (N,), as all that follow
             advantage = advantages[indices][mask]
-            ref_logprob = frozen.logprob[indices][mask] if config.kl_coef else None
+            ref_logprob = reference_stats.logprob[indices][mask] if config.kl_coef else None
             with policy.autocast():
                 result = fused_policy_loss(
                     hidden, policy.head, targets, old_logprob, advantage, weights[indices][mask],
@@ -322,7 +338,7 @@ def update(
             if step == 0:  # the policy is still the one that played
                 meter.add_sampling_gaps(result.logprob - rollouts.sampled_logprob[indices][mask])
         if step == 0:
-            check_sampling_gaps(meter.sampling_gaps(), policy.bfloat16)
+            check_sampling_gaps(meter.sampling_gaps(), policy.bfloat16, config.temperature)
         meter.add_gradient(policy.model)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
         if guard.allows(norm.item(), result.loss.item(), policy.model) and may_step:
@@ -331,27 +347,27 @@ def update(
         optimizer.zero_grad()
     columns = meter.columns(tokens=rollouts.response.sum().item())
     if config.kl_coef:
-        difference = (rollouts.old_logprob - frozen.logprob) * rollouts.response
+        difference = (rollouts.old_logprob - reference_stats.logprob) * rollouts.response
         columns["kl_reference"] = difference.sum().item() / rollouts.response.sum().item()
     return columns
 
 
-def check_sampling_gaps(gaps: Tensor, bfloat16: bool) -> None:
+def check_sampling_gaps(gaps: Tensor, bfloat16: bool, temperature: float = 1.0) -> None:
     """End the run if the model that is trained is not the model that played.
 
     gaps: (N,), the log-prob of each token in the training pass less that noted while sampling,
     before the first optimizer step of an iteration: both are of the same weights, so nothing but
     rounding may lie between them. A layer that is random while it trains, a position coding that
     changes with the length, or a fault in the cache make more of it, and such a model would be
-    trained on ratios that mean nothing.
+    trained on ratios that mean nothing. A temperature below 1 enlarges the rounding of logits.
     """
-    limit = SAMPLING_GAP_BFLOAT16 if bfloat16 else SAMPLING_GAP
+    limit = (SAMPLING_GAP_BFLOAT16 if bfloat16 else SAMPLING_GAP) / min(1.0, temperature)
     gap = gaps.abs().float().quantile(0.99).item()
     if gap > limit:
         raise SystemExit(
             f"the training pass and the sampling of the same tokens differ by {gap:.3g} nats (99th "
-            f"percentile; rounding makes at most {limit:g}): this model is not computed alike when "
-            "it plays and when it trains, and cannot be trained here"
+            f"percentile; rounding makes less than {limit:g}): this model is not computed alike "
+            "when it plays and when it trains, and cannot be trained here"
         )
 
 
@@ -391,25 +407,21 @@ def is_finite(model: torch.nn.Module) -> bool:
 
 # --------------------------------------------------------------------------------------- 8. log
 def measure(
-    played: Rollouts,
-    rollouts: Rollouts,
-    advantages: Tensor,
-    weights: Tensor,
-    policy: Policy,
-    start: Weights,
-    config: Config,
+    played: Rollouts, batch: Batch, policy: Policy, start: ModelState, config: Config
 ) -> dict[str, float]:
-    """8. Columns of the log. played: all rollouts; rollouts: those that were trained on; start: the
+    """8. Columns of the log. played: all rollouts, also those that were not trained on; start: the
     weights that training began with."""
     columns = logs.outcomes(played, "train")
     columns["equal_groups"] = logs.equal_groups(played.rewards, config.group_size)
-    columns |= logs.batch_statistics(rollouts, weights, advantages, policy.end_of_turn)
+    columns |= logs.batch_statistics(
+        batch.rollouts, batch.weights, batch.advantages, policy.end_of_turn
+    )
     columns["distance"] = distance_from(start, policy.model)
     return columns
 
 
 @torch.no_grad()
-def distance_from(start: Weights, model: torch.nn.Module) -> float:
+def distance_from(start: ModelState, model: torch.nn.Module) -> float:
     """How far training has moved a model: |now - start| / |start|, the L2 norms over all weights
     that are trained. Each tensor is brought to the CPU on its own, where the start is kept, so that
     a GPU holds no second model.
@@ -447,7 +459,7 @@ def score(policy: Policy, rollouts: Rollouts, wanted: Tensor, config: Config) ->
 
 
 @contextlib.contextmanager
-def other_weights(policy: Policy, weights: Weights) -> Iterator[Policy]:
+def other_weights(policy: Policy, weights: ModelState) -> Iterator[Policy]:
     """The policy with other weights for a while: without the memory of a second model."""
     trained = copy_of_weights(policy)
     policy.load_state_dict(weights)
@@ -457,7 +469,7 @@ def other_weights(policy: Policy, weights: Weights) -> Iterator[Policy]:
         policy.load_state_dict(trained)
 
 
-def copy_of_weights(policy: Policy) -> Weights:
+def copy_of_weights(policy: Policy) -> ModelState:
     """On the CPU."""
     return {name: value.cpu().clone() for name, value in policy.state_dict().items()}
 
@@ -530,13 +542,13 @@ def first_prompt(policy: Policy, config: Config) -> list[int]:
     prompt = policy.prompt(env.system, env.tools, env.reset(EVAL_SEEDS))
     try:
         check_prompt_length(prompt, EVAL_SEEDS, config.max_tokens)
-    except PromptTooLong as error:
+    except CannotPlay as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
     return prompt
 
 
 def train_one(
-    policy: Policy, start: Weights, arm_run: ArmRun, arm: Arm, make_critic: Callable | None
+    policy: Policy, start: ModelState, arm_run: ArmRun, arm: Arm, make_critic: Callable | None
 ) -> None:
     """Train an arm to its end in this process, from its last checkpoint if the run is resumed. Its
     checkpoints are removed last: without them it counts as finished."""
@@ -548,7 +560,10 @@ def train_one(
                 checkpoints.load_latest()
             except (OSError, ValueError) as error:
                 raise SystemExit(f"{out} cannot be used: {error}") from None
-        train(policy, start, config, name, arm, checkpoints, make_critic)
+        try:
+            train(policy, start, config, name, arm, checkpoints, make_critic)
+        except CannotPlay as error:
+            raise SystemExit(f"{name} cannot go on: {error}") from None
         if config.save:
             with writing(out / "policy"):
                 policy.save(out / "policy")
@@ -573,7 +588,7 @@ def drawn_at_the_end(config: Config) -> Iterator[None]:
             transcripts.write_episodes_page(out)
 
 
-def origin_of(config: Config, weights: Weights, prompt: list[int]) -> dict:
+def origin_of(config: Config, weights: ModelState, prompt: list[int]) -> dict:
     """What must be the same for a run to be resumed: settings, threads, weights and a prompt."""
     origin = asdict(config)
     for name in ("out", "resume", *MAY_CHANGE_ON_RESUME):

@@ -60,7 +60,7 @@ from policy import Policy, load_policy
 from rollout import Rollouts, repeated, rollout
 from support.config import Config
 from support.warm_start import start_folder
-from train_grpo import Guard, read, score, update, weigh
+from train_grpo import Batch, Guard, read, score, update, weigh
 from worlds import make_env
 
 ROOT = Path(__file__).parents[1]
@@ -346,11 +346,11 @@ def learn(
     """Stages 6 and 7 of train_grpo.py: the reference's pass, the weights, the update. advantages:
     (B,). reference: may be None for an arm that does not ask it."""
     asked = arm.needs_reference or config.kl_coef
-    frozen = read(reference if asked else None, rollouts, config)
+    reference_stats = read(reference if asked else None, rollouts, config)
     advantages = advantages[:, None].expand(rollouts.ids.shape)  # (B, T)
-    weights = weigh(arm, rollouts, frozen, advantages, policy, config, iteration=0)
-    rng, guard = random.Random(0), Guard("bench")
-    update(policy, optimizer, rollouts, advantages, weights, frozen, config, rng, guard)
+    weights = weigh(arm, rollouts, reference_stats, advantages, policy, config, iteration=0)
+    batch = Batch(rollouts, advantages, weights, reference_stats)
+    update(policy, optimizer, batch, config, random.Random(0), Guard("bench"))
 
 
 # ------------------------------------------------------------------------------------------ rollout

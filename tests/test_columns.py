@@ -17,7 +17,7 @@ from segment import Segment
 from studies.stats import measures
 from support.config import Config
 from support.logs import UpdateMeter, standard_error
-from train_grpo import Guard, distance_from, policy_entropy, update, weigh
+from train_grpo import Batch, Guard, distance_from, policy_entropy, update, weigh
 from worlds import make_env
 
 R, A, F = Segment.REASONING, Segment.ACTION, Segment.FORMAT
@@ -36,8 +36,8 @@ def updated(policy, rollouts, **settings):
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     advantages = group_advantages(rollouts.rewards, 2)[:, None].expand(rollouts.ids.shape)
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=1e-3)
-    arguments = (policy, optimizer, rollouts, advantages, rollouts.response.float(), None)
-    row = update(*arguments, config, random.Random(0), Guard("grpo"))
+    batch = Batch(rollouts, advantages, rollouts.response.float(), None)
+    row = update(policy, optimizer, batch, config, random.Random(0), Guard("grpo"))
     moved = distance_from(before, policy.model)
     policy.model.load_state_dict(before)
     return row, moved
@@ -82,8 +82,8 @@ def test_columns_of_classes_are_those_of_the_written_formula(built_in, played):
     config = Config(minibatch=2, micro_tokens=700, device="cpu")
     optimizer = torch.optim.SGD(built_in.model.parameters(), lr=0.0)
     advantages = group_advantages(played.rewards, 2)[:, None].expand(played.ids.shape)
-    arguments = (built_in, optimizer, played, advantages, played.response.float(), None)
-    row = update(*arguments, config, random.Random(0), Guard("grpo"))
+    batch = Batch(played, advantages, played.response.float(), None)
+    row = update(built_in, optimizer, batch, config, random.Random(0), Guard("grpo"))
     with torch.no_grad():
         hidden, _ = scored_hidden(built_in, played, torch.arange(4), played.response)
         logp = (hidden @ built_in.head.T).double().log_softmax(-1)

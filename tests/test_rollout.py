@@ -9,7 +9,7 @@ from conftest import DEVICES
 from envs import Step, tool_schema
 from kv_cache import PreallocatedLayer
 from policy import load_policy
-from rollout import rollout, sample, score_all
+from rollout import CannotPlay, rollout, sample, score_all
 from segment import Segment, segment_turn
 from worlds import make_env
 
@@ -231,8 +231,47 @@ def test_episodes_are_cut_at_the_token_limit(policy):
         assert cut.lengths[row] == length
         assert torch.equal(cut.ids[row, :length], full.ids[row, :length])
         assert torch.equal(cut.response[row, :length], full.response[row, :length])
-    with pytest.raises(ValueError, match="max_tokens is 20, raise it"):
+    with pytest.raises(CannotPlay, match="max_tokens is 20, raise it"):
         play(policy, [0], max_tokens=20)
+
+
+def test_an_episode_whose_prompt_is_too_long_is_over_at_once(policy, capsys):
+    """A long run does not end because one of its prompts is too long; the others are played as they
+    are without it."""
+    lengths = {
+        seed: len(policy.prompt(Ragged.system, Ragged.tools, Ragged().reset(seed)))
+        for seed in range(12)
+    }
+    longest = max(lengths, key=lengths.get)
+    short = [seed for seed in lengths if lengths[seed] + 5 < lengths[longest]][:4]
+    limit = lengths[longest]
+    alone, _ = play(policy, short, max_tokens=limit)
+    assert not capsys.readouterr().out
+    mixed, envs = play(policy, [*short, longest], max_tokens=limit)
+    said = capsys.readouterr().out
+    assert "1 of 5 episodes cannot be played" in said and f"has seed {longest})" in said
+    width = alone.ids.shape[1]
+    assert torch.equal(mixed.ids[:4, :width], alone.ids)
+    assert torch.equal(mixed.labels[:4, :width], alone.labels)
+    assert torch.equal(mixed.rewards[:4], alone.rewards)
+    assert mixed.rewards[4] == 0 and not mixed.success[4] and mixed.turns[4] == 0
+    assert not mixed.response[4].any() and envs[4].heard == []
+    assert mixed.lengths[4] == limit
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_told_with_its_seed(policy, reward):
+    class Broken(Ragged):
+        def step(self, reply):
+            step = super().step(reply)
+            return step._replace(reward=reward) if self.seed == 2 else step
+
+        def reset(self, seed):
+            self.seed = seed
+            return super().reset(seed)
+
+    with pytest.raises(CannotPlay, match=f"the episode of seed 2 sum to {reward}"):
+        play(policy, [0, 1, 2], Broken)
 
 
 def test_the_cache_keeps_what_it_was_given_whatever_is_selected():
