@@ -33,20 +33,20 @@ SMALL = 0.1  # what ActFocus gives to reasoning, two controls give to actions
 SIGNALS = {"energy": "energy", "entropy": "entropy", "nll": "policy NLL", "shift": "log-prob shift"}
 
 
-def token_signals(frozen: TokenStats, old_logprob: Tensor) -> dict[str, Tensor]:
-    """Each of SIGNALS, as float32 of one shape. frozen: of the reference; old_logprob: of the
-    policy that played, at the same temperature.
+def token_signals(reference_stats: TokenStats, old_logprob: Tensor) -> dict[str, Tensor]:
+    """Each of SIGNALS, as float32 of one shape. reference_stats: what the reference says of
+    the tokens; old_logprob: of the policy that played, at the same temperature.
 
-    >>> frozen = TokenStats(torch.tensor([-3.0]), torch.tensor([-9.0]), torch.tensor([0.5]))
-    >>> signals = token_signals(frozen, torch.tensor([-2.0]))
+    >>> stats = TokenStats(torch.tensor([-3.0]), torch.tensor([-9.0]), torch.tensor([0.5]))
+    >>> signals = token_signals(stats, torch.tensor([-2.0]))
     >>> {name: signal.item() for name, signal in signals.items()}
     {'energy': -9.0, 'entropy': 0.5, 'nll': 2.0, 'shift': 1.0}
     """
     return {
-        "energy": frozen.energy,
-        "entropy": frozen.entropy,
+        "energy": reference_stats.energy,
+        "entropy": reference_stats.entropy,
         "nll": -old_logprob,
-        "shift": old_logprob - frozen.logprob,
+        "shift": old_logprob - reference_stats.logprob,
     }
 
 
@@ -165,29 +165,32 @@ class Arm:
     @property
     def needs_reference(self) -> bool:
         """Does the frozen reference have to read the rollouts?"""
-        return self.beta > 0
+        return self.beta > 0 and self.signal != "nll"  # that is the policy's own
 
     def weights(
         self,
         rollouts: Rollouts,
-        frozen: TokenStats | None,
+        reference_stats: TokenStats | None,
         seed: int,
         policy_entropy: Tensor | None = None,
         advantages: Tensor | None = None,
     ) -> Tensor:
         """The weight of every token, (B, T) float32: stage 6b of the training loop.
 
-        frozen: what the reference says of at least the action tokens, (B, T) each; None for an arm
-        that does not need it. policy_entropy: (B, T), of the policy that played, at all sampled
-        tokens; None likewise. seed and advantages, (B, T): for rules that look at them. Raises
-        ValueError if the arm needs a policy entropy and is given none.
+        reference_stats: what the reference says of at least the action tokens, (B, T) each; None
+        for an arm that does not need it. policy_entropy: (B, T), of the policy that played, at all
+        sampled tokens; None likewise. seed and advantages, (B, T): for rules that look at them (the
+        advantages are for rules of yours: none here does). Raises ValueError if the arm needs
+        something and is given None.
         """
+        if self.needs_reference and reference_stats is None:
+            raise ValueError(f"the arm {self.label!r} needs reference_stats, which is None")
         if self.needs_policy_entropy and policy_entropy is None:
             raise ValueError(f"the arm {self.label!r} needs policy_entropy, which is None")
-        if frozen is None:
-            signal = torch.zeros_like(rollouts.old_logprob)
+        if reference_stats is None:
+            signal = -rollouts.old_logprob  # the policy NLL, or of no consequence, with beta 0
         else:
-            signal = token_signals(frozen, rollouts.old_logprob)[self.signal]
+            signal = token_signals(reference_stats, rollouts.old_logprob)[self.signal]
         weights = actfocus_weights(
             signal, rollouts.reasoning, rollouts.action, rollouts.response, self.alpha, self.beta
         )
@@ -213,7 +216,7 @@ ARMS = {
     "top-entropy": Arm("top entropy", "teal", change=keep_top_entropy, needs_policy_entropy=True),
     "low-prob": Arm("unlikely tokens less", "navy", change=discount_unlikely),
     # controls, all ours
-    "actions": Arm("actions alone", "salmon", alpha=0.0),
+    "actions": Arm("no reasoning", "salmon", alpha=0.0),
     "inverse": Arm("actions a tenth", "orchid", change=discount_actions),
     "span-placebo": Arm("span placebo", "peru", alpha=0.1, beta=0.5, change=move_into_thought),
     "placebo": Arm("placebo", "tab:brown", alpha=0.1, beta=0.5, change=scatter_weights),

@@ -5,9 +5,10 @@
     result.loss.backward()
 
 Both compute `clipped_loss` of actfocus.py plus a KL penalty and an entropy bonus, and both give the
-same numbers. The first one holds the logits of all tokens. The fused one never does. It can avoid
-that because the loss is a sum over tokens: as soon as the logits of one chunk are known, so is the
-gradient of their part of the loss, and the logits can be thrown away.
+same numbers (up to rounding: in bfloat16 the first rounds its logits, and the fused one does not).
+The first one holds the logits of all tokens. The fused one never does. It can avoid that because
+the loss is a sum over tokens: as soon as the logits of one chunk are known, so is the gradient of
+their part of the loss, and the logits can be thrown away.
 """
 
 from __future__ import annotations
@@ -108,11 +109,11 @@ def fused_policy_loss(
 ) -> PolicyLoss:  # fmt: skip
     """`policy_loss`, its value and gradient computed chunk by chunk: the (N, V) logits never exist.
 
-    hidden: (N, H) and head: (V, H) are float32 or bfloat16; under autocast hidden takes its dtype,
-    and the products are of that dtype. The head's gradient is summed in float32. targets: (N,)
-    int64. All else is as in `token_loss`, (N,) float32. chunk_size: for how many tokens the logits
-    are held at a time, by default as many as fill 128 MB (512 MB on CUDA, which wants few and large
-    products).
+    hidden: (N, H) and head: (V, H) are float32 or bfloat16; under autocast they take its
+    dtype. Their products are kept in float32, and so is the sum that is the head's gradient.
+    targets: (N,) int64. All else is as in `token_loss`, (N,) float32. chunk_size: for how many
+    tokens the logits are held at a time, by default as many as fill 128 MB (512 MB on CUDA, which
+    wants few and large products).
 
     The gradient is already computed in the forward pass; backward only hands it on. It does so
     once, and a second backward raises RuntimeError. Raises ValueError for shapes that do not fit
@@ -156,7 +157,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, per_token, settings, normalizer, count, chunk_size):
         wants_hidden, wants_head, *_ = ctx.needs_input_grad
         ctx.head_dtype = head.dtype
-        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
         head = head.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -190,7 +191,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
             raise RuntimeError("fused_policy_loss gives its gradient once: call it again")
         grad_hidden, grad_head = ctx.grads
         ctx.grads = None  # so that the head's gradient can become .grad without a copy
-        grad_hidden.mul_(grad_loss)
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_loss)
         if grad_head is not None:
             grad_head = grad_head.mul_(grad_loss).to(ctx.head_dtype)
         return grad_hidden, grad_head, None, None, None, None, None, None

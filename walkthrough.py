@@ -139,9 +139,9 @@ def main() -> None:
         that the reference gave to the token that was then written. Before training, reference and
         policy are the same model.
         """)  # fmt: skip
-    frozen = score_all(reference, rollouts, action, temperature=1.0, micro_tokens=8192)
-    energy = frozen.energy  # (4, T), of the action tokens; nothing else is needed
-    columns = {"energy": energy[best], "probability": frozen.logprob[best].exp()}
+    reference_stats = score_all(reference, rollouts, action, temperature=1.0, micro_tokens=8192)
+    energy = reference_stats.energy  # (4, T), of the action tokens; nothing else is needed
+    columns = {"energy": energy[best], "probability": reference_stats.logprob[best].exp()}
     print_token_table(turn, rollouts.labels[best], columns, only_action=True)
     in_call = [piece for piece in turn if action[best, piece.position]]
     if in_call:

@@ -170,7 +170,7 @@ class Batch(NamedTuple):
 
     prompts: range  # seeds, one for each group
     rollouts: Rollouts
-    frozen: TokenStats  # (B, T) each, of the reference
+    reference_stats: TokenStats  # (B, T) each, of the reference
     player: TokenStats  # (B, T) each, of the policy that played
 
 
@@ -188,7 +188,7 @@ def diagnose(config: DiagnoseConfig) -> None:
             if len(blocks) < blocks_wanted:
                 missing = blocks_wanted - len(blocks)
                 blocks += measure_blocks(
-                    policy, batch.rollouts, batch.frozen, batch.player, config, missing
+                    policy, batch.rollouts, batch.reference_stats, batch.player, config, missing
                 )
                 if len(blocks) == blocks_wanted:
                     report_signal(out, blocks, config)
@@ -221,14 +221,14 @@ def play_and_score(
     """Play a group of each prompt, and read every sampled token with both policies."""
     seeds = repeated(prompts, config.group_size)
     rollouts = play(policy, config, seeds, config.temperature, config.seed)
-    frozen = score(reference, rollouts, rollouts.response, config)
+    reference_stats = score(reference, rollouts, rollouts.response, config)
     # The rollouts have the player's log-probs already, noted while sampling. But a decoding step
     # with a cache rounds otherwise than a full forward pass, and rounding can correlate. So both
     # policies are asked in the same way: the shift of a policy from itself is exactly 0.
-    player = frozen
+    player = reference_stats
     if policy is not reference:
         player = score(policy, rollouts, rollouts.response, config)
-    return Batch(prompts, rollouts, frozen, player)
+    return Batch(prompts, rollouts, reference_stats, player)
 
 
 def report_signal(out: Path, blocks: list[Block], config: DiagnoseConfig) -> None:
@@ -276,9 +276,9 @@ def load_policies(config: DiagnoseConfig) -> tuple[Policy, Policy]:
 
 def draw_weights(out: Path, policy: Policy, batch: Batch, config: DiagnoseConfig) -> None:
     """Episodes as text, coloured by the weights that ActFocus would give."""
-    rollouts, frozen = batch.rollouts, batch.frozen
+    rollouts, reference_stats = batch.rollouts, batch.reference_stats
     weights = actfocus_weights(
-        frozen.energy,
+        reference_stats.energy,
         rollouts.reasoning,
         rollouts.action,
         rollouts.response,
@@ -287,18 +287,18 @@ def draw_weights(out: Path, policy: Policy, batch: Batch, config: DiagnoseConfig
     )
     title = f"{world_name(config.env)}: every sampled token by its ActFocus weight "
     title += f"(alpha {config.alpha:g}, beta {config.beta:g})"
-    draw_transcripts(out, title, policy, rollouts, frozen, weights)
+    draw_transcripts(out, title, policy, rollouts, reference_stats, weights)
 
 
 # ------------------------------------------------------------------------------ what a group shows
-def token_choices(rollouts: Rollouts, frozen: TokenStats) -> dict[str, Tensor]:
+def token_choices(rollouts: Rollouts, reference_stats: TokenStats) -> dict[str, Tensor]:
     """The masks (B, T) bool of TOKENS.
 
     In a JSON call most tokens are boilerplate, and few decide. So `decision` is the action token of
     each turn at which the reference's entropy is highest.
     """
     turn = turn_numbers(rollouts.response)  # (B, T)
-    entropy = frozen.entropy.masked_fill(~rollouts.action, -1.0)
+    entropy = reference_stats.entropy.masked_fill(~rollouts.action, -1.0)
     lowest = torch.full_like(entropy, -1.0)
     highest = lowest.scatter_reduce(1, turn, entropy, "amax")  # (B, T), by number of the turn
     return {
@@ -318,8 +318,8 @@ def measure_groups(
     turns: the signals are averaged over so many first turns of each episode; None: over all turns.
     The outcome is always that of whole episodes.
     """
-    signals = token_signals(batch.frozen, batch.player.logprob)
-    choices = token_choices(batch.rollouts, batch.frozen)
+    signals = token_signals(batch.reference_stats, batch.player.logprob)
+    choices = token_choices(batch.rollouts, batch.reference_stats)
     if turns is not None:
         early = turn_numbers(batch.rollouts.response) <= turns  # (B, T)
         choices = {tokens: mask & early for tokens, mask in choices.items()}

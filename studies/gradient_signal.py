@@ -112,14 +112,15 @@ class Settings(Protocol):
 # tokens of a class, and for each signal what beta adds. So one gradient per component and block
 # gives that of every such weighting. One with a rule of its own is a component of its own.
 def weight_components(
-    rollouts: Rollouts, frozen: TokenStats, player: TokenStats
+    rollouts: Rollouts, reference_stats: TokenStats, player: TokenStats
 ) -> dict[str, Tensor]:
     """The components of all weightings, (B, T) float32 each.
 
     By name: a class has 1 at its tokens; a signal has at action tokens the sigmoid that beta
-    multiplies; a weighting with a rule has its weights. frozen, player: (B, T) each, of the
-    reference and of the policy that played. The mean and deviation of a signal, and the quantile of
-    the entropy, are of these rollouts, a block; in training they are of a whole iteration.
+    multiplies; a weighting with a rule has its weights. reference_stats, player: (B, T) each, of
+    the reference and of the policy that played. The mean and deviation of a signal, and the
+    quantile of the entropy, are of these rollouts, a block; in training they are of a whole
+    iteration.
     """
     response, reasoning, action = rollouts.response, rollouts.reasoning, rollouts.action
     components = {
@@ -127,7 +128,7 @@ def weight_components(
         "action": action.float(),
         "format": (response & ~reasoning & ~action).float(),
     }
-    signals = token_signals(frozen, player.logprob)
+    signals = token_signals(reference_stats, player.logprob)
     for name in SIGNALS:
         if name == "shift" and not signals[name].any():
             continue  # the reference itself played, and has not shifted from itself
@@ -188,19 +189,22 @@ def block_size(config: Settings) -> int:
 def measure_blocks(
     policy: Policy,
     rollouts: Rollouts,
-    frozen: TokenStats,
+    reference_stats: TokenStats,
     player: TokenStats,
     config: Settings,
     most: int,
 ) -> list[Block]:
     """Split rollouts into blocks of PROMPTS_PER_BLOCK whole groups, and measure at most so many;
-    what is left over is not measured. frozen, player: (B, T) each, as in `measure_block`."""
+    what is left over is not measured. reference_stats, player: (B, T) each, as in
+    `measure_block`."""
     size = block_size(config)
     number = min(most, len(rollouts.ids) // size)
     blocks = []
     for i in tqdm(range(number), desc="gradients", unit="block", leave=False):
         indices = torch.arange(i * size, (i + 1) * size, device=policy.device)
-        of_block = [TokenStats(*(values[indices] for values in each)) for each in (frozen, player)]
+        of_block = [
+            TokenStats(*(values[indices] for values in each)) for each in (reference_stats, player)
+        ]
         blocks.append(measure_block(policy, rollouts.take(indices), *of_block, config))
     return blocks
 
@@ -208,18 +212,18 @@ def measure_blocks(
 def measure_block(
     policy: Policy,
     rollouts: Rollouts,
-    frozen: TokenStats,
+    reference_stats: TokenStats,
     player: TokenStats,
     config: Settings,
 ) -> Block:
-    """The gradient of each component and of each of NULLS. frozen, player: (B, T) each, of the
-    reference and of the policy that played.
+    """The gradient of each component and of each of NULLS. reference_stats, player: (B, T) each, of
+    the reference and of the policy that played.
 
     It is summed over the rollouts that have an advantage, their own or a shuffled one. The others
     have no gradient: all of a group that ends alike, and in other groups, by chance, some whose
     reward is the mean.
     """
-    components = weight_components(rollouts, frozen, player)
+    components = weight_components(rollouts, reference_stats, player)
     advantages = group_advantages(rollouts.rewards, config.group_size)  # (B,)
     advantage_of = dict.fromkeys(components, advantages)
     for name in NULLS:

@@ -1,7 +1,7 @@
 """Transcripts to look at: every sampled token coloured by its weight in the loss.
 
-    save_episodes(out, "grpo", 0, policy, episodes, frozen, weights)   # before training
-    save_episodes(out, "grpo", 6, policy, episodes, frozen, weights)   # after six iterations
+    save_episodes(out, "grpo", 0, policy, episodes, stats, weights)   # before training
+    save_episodes(out, "grpo", 6, policy, episodes, stats, weights)   # after six iterations
     write_episodes_page(out)                                           # episodes.html, for all arms
 
     python -m studies.diagnose --env sokoban      # leaves tokens.html and tokens.png in its folder
@@ -121,11 +121,12 @@ def pieces(policy: Policy, rollouts: Rollouts, row: int) -> list[Piece]:
 
 
 def described(
-    policy: Policy, rollouts: Rollouts, row: int, frozen: TokenStats, weights: Tensor
+    policy: Policy, rollouts: Rollouts, row: int, stats: TokenStats, weights: Tensor
 ) -> Episode:
-    """An episode with all that a page says of its tokens. frozen, weights: (B, T)."""
+    """An episode with all that a page says of its tokens. stats: of the frozen model; they and
+    the weights are (B, T)."""
     of_tokens = (
-        weights, frozen.energy, frozen.entropy, rollouts.old_logprob, frozen.logprob
+        weights, stats.energy, stats.entropy, rollouts.old_logprob, stats.logprob
     )  # fmt: skip
     numbers = torch.stack([values[row].float() for values in of_tokens], dim=1).tolist()  # (T, 5)
     labels = rollouts.labels[row].tolist()
@@ -158,19 +159,19 @@ def shown_episodes(rollouts: Rollouts, group_size: int) -> Rollouts:
 
 def save_episodes(
     out: Path, arm_name: str, iteration: int, policy: Policy, rollouts: Rollouts,
-    frozen: TokenStats, weights: Tensor,
+    stats: TokenStats, weights: Tensor,
 ) -> None:  # fmt: skip
     """Keep a few evaluation episodes for episodes.html, as JSON in out/episodes: those before
     training (iteration 0) in <arm>-before.json, any later ones in <arm>-after.json, in place of
     earlier ones. A run that is stopped and resumed so has those of before training, too.
 
-    policy: its tokenizer alone is used. rollouts: from `shown_episodes`. frozen: (B, T) statistics
+    policy: its tokenizer alone is used. rollouts: from `shown_episodes`. stats: (B, T) statistics
     of the frozen model that training started from, for every sampled token; its log-probability at
     the temperature that the rollouts were sampled at. weights: (B, T), those that the arm gives
     these tokens in its loss. Raises OSError.
     """
     rows = range(len(rollouts.ids))
-    episodes = [described(policy, rollouts, row, frozen, weights) for row in rows]
+    episodes = [described(policy, rollouts, row, stats, weights) for row in rows]
     kept = {"iteration": iteration, "episodes": episodes}
     when = "before" if iteration == 0 else "after"
     folder = out / "episodes"
@@ -267,14 +268,14 @@ def before_and_after(saved: Saved, arm_name: str, index: int) -> str:
 
 # ---------------------------------------------------------------------------------- any page
 def draw_transcripts(
-    out: Path, title: str, policy: Policy, rollouts: Rollouts, frozen: TokenStats, weights: Tensor
+    out: Path, title: str, policy: Policy, rollouts: Rollouts, stats: TokenStats, weights: Tensor
 ) -> None:
     """Write tokens.html, with two transcripts that succeed and two that fail as far as there are
-    such, and tokens.png, with the first of them. frozen, weights: (B, T)."""
+    such, and tokens.png, with the first of them. stats, weights: (B, T)."""
     succeeded = rollouts.success.nonzero().flatten().tolist()
     failed = (~rollouts.success).nonzero().flatten().tolist()
     rows = succeeded[:2] + failed[:2]
-    episodes = [described(policy, rollouts, row, frozen, weights) for row in rows]
+    episodes = [described(policy, rollouts, row, stats, weights) for row in rows]
     page = page_of(title, "".join(as_html(episode) for episode in episodes))
     with whole_file(out / "tokens.html") as aside:
         aside.write_text(page, encoding="utf-8")

@@ -198,22 +198,36 @@ def played(built_in):
 def test_every_arm_weighs_real_rollouts(name, played):
     """No weight is negative, none lies outside the sampled tokens, and an arm whose advantages are
     unknown, as in an evaluation, has the weights that it has in training."""
-    rollouts, frozen = played
-    arm, entropy = ARMS[name], frozen.entropy
+    rollouts, stats = played
+    arm, entropy = ARMS[name], stats.entropy
     advantages = torch.randn(rollouts.ids.shape, generator=torch.Generator().manual_seed(0))
-    weights = arm.weights(rollouts, frozen, 7, policy_entropy=entropy, advantages=advantages)
+    weights = arm.weights(rollouts, stats, 7, policy_entropy=entropy, advantages=advantages)
     assert weights.shape == rollouts.ids.shape and weights.dtype == torch.float32
     assert (weights >= 0).all() and (weights[~rollouts.response] == 0).all() and weights.any()
-    assert torch.equal(weights, arm.weights(rollouts, frozen, 7, policy_entropy=entropy))
+    assert torch.equal(weights, arm.weights(rollouts, stats, 7, policy_entropy=entropy))
     if arm.uniform:
         assert torch.equal(weights, rollouts.response.float())
     else:
         assert weights[rollouts.response].std() > 0
 
 
+def test_an_arm_that_needs_the_reference_is_not_weighed_without_it(played):
+    """Without it, its weights would be those of another method. The policy's own log-probability
+    needs no reference."""
+    rollouts, stats = played
+    for name, arm in ARMS.items():
+        if name in ("nll", "grpo", "ppo", "discount", "low-prob", "actions", "inverse"):
+            assert not arm.needs_reference
+            weights = arm.weights(rollouts, None, seed=0)
+            torch.testing.assert_close(weights, arm.weights(rollouts, stats, seed=0))
+        elif name != "top-entropy":
+            with pytest.raises(ValueError, match="needs reference_stats, which is None"):
+                arm.weights(rollouts, None, seed=0)
+
+
 def test_only_the_arm_that_looks_at_the_policys_entropy_needs_it(played):
-    rollouts, frozen = played
-    nothing_else = TokenStats(*(values * rollouts.action for values in frozen))
+    rollouts, stats = played
+    nothing_else = TokenStats(*(values * rollouts.action for values in stats))
     for name, arm in ARMS.items():
         if name == "top-entropy":
             with pytest.raises(ValueError, match="'top entropy' needs policy_entropy"):

@@ -100,8 +100,8 @@ def two_rollouts():
 
 
 def test_the_decision_is_the_most_uncertain_action_token_of_each_turn():
-    rollouts, frozen = two_rollouts()
-    chosen = token_choices(rollouts, frozen)
+    rollouts, reference_stats = two_rollouts()
+    chosen = token_choices(rollouts, reference_stats)
     assert chosen["decision"].nonzero().tolist() == [[0, 3], [0, 10], [1, 4]]
     assert (
         chosen["action"].sum() == 6 and chosen["reasoning"].sum() == 3 and chosen["all"].sum() == 15
@@ -128,11 +128,11 @@ def test_the_harder_worlds_are_diagnosed_and_take_the_options_of_their_own(monke
 
 
 def test_group_means_by_hand():
-    rollouts, frozen = two_rollouts()
+    rollouts, reference_stats = two_rollouts()
     logprob = rollouts.old_logprob
     rollouts.old_logprob = torch.full_like(logprob, math.nan)  # what the sampler said is not read
-    player = frozen._replace(logprob=logprob)
-    (row,) = measure_groups(Batch(range(7, 8), rollouts, frozen, player), group_size=2)
+    player = reference_stats._replace(logprob=logprob)
+    (row,) = measure_groups(Batch(range(7, 8), rollouts, reference_stats, player), group_size=2)
     assert (row["seed"], row["success"], row["reward_variance"], row["turns"]) == (7, 0.5, 0.5, 1.5)
     assert row["action_fraction"] == pytest.approx(6 / 15) and row["tokens"] == 7.5
     assert row["energy_action"] == pytest.approx(10 * (3 + 4 + 9 + 10 + 15 + 16) / 6)
@@ -142,8 +142,8 @@ def test_group_means_by_hand():
 
 
 def test_with_one_turn_signals_are_of_the_first_turn_and_outcomes_of_whole_episodes():
-    rollouts, frozen = two_rollouts()
-    batch = Batch(range(7, 8), rollouts, frozen, frozen)
+    rollouts, reference_stats = two_rollouts()
+    batch = Batch(range(7, 8), rollouts, reference_stats, reference_stats)
     (whole,), (two,), (one,) = (measure_groups(batch, 2, turns) for turns in (None, 2, 1))
     assert whole == two
     assert one["energy_action"] == pytest.approx(10 * (3 + 4 + 15 + 16) / 4)
@@ -303,13 +303,13 @@ def test_a_trained_policy_plays_and_its_shift_is_its_own(tiny_folder, tmp_path, 
     small_run(tmp_path / "out", model=str(tiny_folder), checkpoint=str(tmp_path / "trained"))
     (rollouts,) = played
     reference = load_policy(tiny_folder)
-    frozen = score_all(reference, rollouts, rollouts.response, 1.0, 8192)
+    reference_stats = score_all(reference, rollouts, rollouts.response, 1.0, 8192)
     for g, row in enumerate(groups_of(tmp_path / "out")):
         group = slice(2 * g, 2 * g + 2)
         mask = rollouts.response[group]
         said = rollouts.old_logprob[group][mask]
-        energy = frozen.energy[group][mask].mean().item()
-        shift = said - frozen.logprob[group][mask]
+        energy = reference_stats.energy[group][mask].mean().item()
+        shift = said - reference_stats.logprob[group][mask]
         assert float(row["nll_all"]) == pytest.approx(-said.mean().item(), rel=1e-4)
         assert float(row["shift_all"]) == pytest.approx(shift.mean().item(), rel=1e-3)
         assert float(row["energy_all"]) == pytest.approx(energy, rel=1e-4)

@@ -29,21 +29,21 @@ def played(built_in):
     seeds = [5] * 4 + [6] * 4
     rollouts = rollout(built_in, lambda: make_env("frozenlake"), seeds, 0.9, max_tokens=680)
     rollouts.rewards[:] = torch.tensor([1.0, 0, 0, 0.5, 0.1, 0.9, 0.3, 0.3])
-    frozen = score_all(built_in, rollouts, rollouts.response, 0.9, 4096)
-    return rollouts, frozen
+    reference_stats = score_all(built_in, rollouts, rollouts.response, 0.9, 4096)
+    return rollouts, reference_stats
 
 
 @pytest.fixture(scope="module")
 def block(built_in, played):
-    rollouts, frozen = played
-    return gs.measure_block(built_in, rollouts, frozen, frozen, Settings())
+    rollouts, reference_stats = played
+    return gs.measure_block(built_in, rollouts, reference_stats, reference_stats, Settings())
 
 
-def written_gradient(policy, rollouts, frozen, arm):
+def written_gradient(policy, rollouts, reference_stats, arm):
     """Of the loss of a whole batch under an arm's weights, as a single expression."""
     response = rollouts.response
     weights = actfocus_weights(
-        frozen.energy, rollouts.reasoning, rollouts.action, response, arm.alpha, arm.beta
+        reference_stats.energy, rollouts.reasoning, rollouts.action, response, arm.alpha, arm.beta
     )
     rows = torch.arange(len(response))
     hidden, targets = scored_hidden(policy, rollouts, rows, response)
@@ -59,19 +59,19 @@ def written_gradient(policy, rollouts, frozen, arm):
 def test_a_mixture_of_components_is_the_gradient_of_the_weighted_loss(
     built_in, played, block, name
 ):
-    rollouts, frozen = played
+    rollouts, reference_stats = played
     arm = gs.WEIGHTINGS[name]
     mixed = block.gradient(gs.mixture(arm))
-    written = written_gradient(built_in, rollouts, frozen, arm)
+    written = written_gradient(built_in, rollouts, reference_stats, arm)
     assert (mixed - written).norm() < 1e-4 * written.norm()
 
 
 def test_the_placebo_has_the_same_weights_and_no_signal_of_its_own_shift(built_in, played):
-    rollouts, frozen = played
-    components = gs.weight_components(rollouts, frozen, frozen)
+    rollouts, reference_stats = played
+    components = gs.weight_components(rollouts, reference_stats, reference_stats)
     assert "shift" not in components  # a policy has not shifted from itself
-    shifted = frozen._replace(logprob=frozen.logprob - torch.rand(8, 1))
-    assert "shift" in gs.weight_components(rollouts, frozen, shifted)
+    shifted = reference_stats._replace(logprob=reference_stats.logprob - torch.rand(8, 1))
+    assert "shift" in gs.weight_components(rollouts, reference_stats, shifted)
     shares = gs.mixture(ARMS["actfocus"])
     weights = sum(share * components[name] for name, share in shares.items())
     response = rollouts.response
@@ -83,10 +83,10 @@ def test_the_placebo_has_the_same_weights_and_no_signal_of_its_own_shift(built_i
 
 
 def test_a_batch_that_ends_alike_has_no_gradient(built_in, played):
-    rollouts, frozen = played
+    rollouts, reference_stats = played
     alike = rollouts.take(torch.arange(8))
     alike.rewards = torch.ones(8)
-    block = gs.measure_block(built_in, alike, frozen, frozen, Settings())
+    block = gs.measure_block(built_in, alike, reference_stats, reference_stats, Settings())
     assert not any(gradient.any() for gradient in block.gradients.values())
     rows = gs.signal_rows([block] * 4, 8)
     assert all(math.isnan(row["adam_ratio"]) for row in rows)
@@ -111,14 +111,14 @@ def test_some_coordinates_stand_for_all(built_in, played, monkeypatch):
     part = product(parameters, other, chosen) / product(other, other, chosen)
     assert part == pytest.approx(whole, rel=0.05)
     # and of a model: the same ratios, within what the intervals say
-    rollouts, frozen = played
+    rollouts, reference_stats = played
     blocks = {}
     for limit in (gs.COORDINATES, 80_000):
         monkeypatch.setattr(gs.choose_coordinates, "__defaults__", (limit,))
         blocks[limit] = [
             gs.measure_block(built_in, rollouts.take(rows), stats, stats, Settings())
             for rows in torch.arange(8).split(4)
-            for stats in [type(frozen)(*(values[rows] for values in frozen))]
+            for stats in [type(reference_stats)(*(values[rows] for values in reference_stats))]
         ]
     full, some = blocks.values()
     assert len(some[0].gradients["action"]) < 81_000 < len(full[0].gradients["action"])
@@ -213,18 +213,18 @@ def test_a_null_is_the_gradient_of_its_weighting_with_shuffled_rewards(
 ):
     """Also where two rollouts have the mean of their group, and so no advantage of their own: they
     may get another's, or lose nothing."""
-    rollouts, frozen = played
+    rollouts, reference_stats = played
     if middle:
         rollouts = replace(rollouts)
         rollouts.rewards = torch.tensor([1.0, 0.5, 0.0, 0.5, 0.75, 0.5, 0.25, 0.5])
         assert (group_advantages(rollouts.rewards, 4) == 0).sum() == 4
-        block = gs.measure_block(built_in, rollouts, frozen, frozen, Settings())
+        block = gs.measure_block(built_in, rollouts, reference_stats, reference_stats, Settings())
     mixed = replace(rollouts)
     seed = int(rollouts.ids.sum())
     mixed.rewards = gs.shuffled(group_advantages(rollouts.rewards, 4), 4, seed)
     for name in gs.NULLS:
         arm = gs.WEIGHTINGS[name.removesuffix("-null")]
-        written = written_gradient(built_in, mixed, frozen, arm)
+        written = written_gradient(built_in, mixed, reference_stats, arm)
         found = block.gradient({name: 1.0})
         assert torch.cosine_similarity(found, written, dim=0) > 0.9999
         own = block.gradient(gs.mixture(arm))

@@ -96,16 +96,16 @@ def evaluation(built_in):
 
 
 def scored(policy, rollouts, alpha=0.1, beta=0.5):
-    frozen = score_all(policy, rollouts, rollouts.response, temperature=0.5, micro_tokens=4096)
+    stats = score_all(policy, rollouts, rollouts.response, temperature=0.5, micro_tokens=4096)
     reasoning, action = rollouts.labels == R, rollouts.labels == A
-    weights = actfocus_weights(frozen.energy, reasoning, action, rollouts.response, alpha, beta)
-    return frozen, weights
+    weights = actfocus_weights(stats.energy, reasoning, action, rollouts.response, alpha, beta)
+    return stats, weights
 
 
 # -------------------------------------------------------------------------------------- any page
 def test_the_page_holds_every_sampled_token_and_loads_nothing(built_in, evaluation, tmp_path):
-    rollouts, frozen, weights = evaluation
-    draw_transcripts(tmp_path, "a <title>", built_in, rollouts, frozen, weights)
+    rollouts, stats, weights = evaluation
+    draw_transcripts(tmp_path, "a <title>", built_in, rollouts, stats, weights)
     text = (tmp_path / "tokens.html").read_text()
     page = check_that_it_loads_nothing(text)
     assert "<title>a &lt;title&gt;</title>" in text
@@ -119,11 +119,11 @@ def test_the_page_holds_every_sampled_token_and_loads_nothing(built_in, evaluati
     ):
         assert kind == f"{Segment(rollouts.labels[row, i].item()).name} token"
         assert weight == f"weight in the loss {weights[row, i]:.2f}"
-        assert float(energy.split()[1]) == pytest.approx(frozen.energy[row, i].item(), abs=0.006)
-        assert float(entropy.split()[1]) == pytest.approx(frozen.entropy[row, i].item(), abs=0.006)
+        assert float(energy.split()[1]) == pytest.approx(stats.energy[row, i].item(), abs=0.006)
+        assert float(entropy.split()[1]) == pytest.approx(stats.entropy[row, i].item(), abs=0.006)
         sampled, of_frozen = logprob.removeprefix("log-probability ").split(" (frozen model: ")
         assert float(sampled) == pytest.approx(rollouts.old_logprob[row, i].item(), abs=0.006)
-        assert float(of_frozen[:-1]) == pytest.approx(frozen.logprob[row, i].item(), abs=0.006)
+        assert float(of_frozen[:-1]) == pytest.approx(stats.logprob[row, i].item(), abs=0.006)
     assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
 
 

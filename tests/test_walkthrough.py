@@ -116,13 +116,13 @@ def test_tokens_have_their_class_and_action_tokens_their_energy_and_weights(walk
 
     reasoning = rollouts.labels == Segment.REASONING
     action = rollouts.labels == Segment.ACTION
-    frozen = score_all(policy, rollouts, action, 1.0, 8192)
-    weights = actfocus_weights(frozen.energy, reasoning, action, rollouts.response)
+    reference_stats = score_all(policy, rollouts, action, 1.0, 8192)
+    weights = actfocus_weights(reference_stats.energy, reasoning, action, rollouts.response)
     positions = [p.position for p in turn if action[best, p.position]]
     lines = re.findall(r"^action +(-\S+) +(\S+)   ", stages["6a"], re.M)
-    energies = frozen.energy[best, positions].tolist()
+    energies = reference_stats.energy[best, positions].tolist()
     assert [float(line[0]) for line in lines] == pytest.approx(energies, abs=0.006)
-    probabilities = frozen.logprob[best, positions].exp().tolist()
+    probabilities = reference_stats.logprob[best, positions].exp().tolist()
     assert [float(line[1]) for line in lines] == pytest.approx(probabilities, abs=0.006)
     lines = re.findall(r"^action +(-\S+) +(\d\S*) +(\d\S*)   ", stages["6b"], re.M)
     assert [float(line[0]) for line in lines] == pytest.approx(energies, abs=0.006)
