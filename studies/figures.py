@@ -56,7 +56,7 @@ def draw_all() -> None:
         draw_speed()
     if start_rows():
         draw_starts()
-    if others("sudoku"):
+    if any(others(env) for env in LARGER_STEP_WORLDS):
         draw_others()
     draw_pairs()
     draw_doses()
@@ -394,8 +394,10 @@ def draw_speeds(
 
 def draw_others() -> None:
     """What each arm gained over GRPO in training: a dot for each seed, and the mean."""
-    figure, panels = new_figure(2, "Training success less GRPO's; small dots are seeds, bars 95 %")
-    for axes, env in zip(panels, LARGER_STEP_WORLDS, strict=True):
+    worlds = [env for env in LARGER_STEP_WORLDS if others(env)]
+    figure = Figure(figsize=(1.5 + 4.7 * len(worlds), 3.9), layout="constrained")
+    figure.suptitle("Training success less GRPO's; small dots are seeds, bars 95 %")
+    for axes, env in zip(figure.subplots(1, len(worlds), squeeze=False)[0], worlds, strict=True):
         comparison = others(env)
         grpo = comparison.pop("GRPO")
         for y, (label, runs) in enumerate(comparison.items()):

@@ -137,9 +137,9 @@ def comparisons() -> dict[str, Comparison]:
     found["Sudoku, the default world"] = arms_of("default-world", names=("grpo", "actfocus"))
     names = ("grpo", "actfocus", "discount", "energy", "placebo", "blame")
     found["Sudoku"] = arms_of("seeds-sudoku", names=names)
-    if others("sudoku"):
-        found["Sudoku, what others do"] = others("sudoku")
-        found["FrozenLake, what others do"] = others("frozenlake")
+    for env, name in (("sudoku", "Sudoku"), ("frozenlake", "FrozenLake")):
+        if others(env):
+            found[f"{name}, what others do"] = others(env)
     found["Sudoku, silence blamed"] = arms_of("seeds-sudoku", names=("actfocus", "blame"))
     found["Sudoku, discount"] = arms_of("seeds-sudoku", names=("discount", "actfocus"))
     for lr in (1e-4, 1e-3):
