@@ -228,7 +228,7 @@ def new_rows(
     policy: Policy, env_factory: Callable, seeds: Sequence[int], sampling_seed: int, max_tokens: int
 ) -> list[Row]:
     """A row per seed, with its prompt as the first tokens. One whose prompt is too long is done."""
-    rows, too_long = [], []
+    rows = []
     times_seen = Counter()
     for seed in seeds:
         env = env_factory()
@@ -238,11 +238,8 @@ def new_rows(
         row = Row(env, generator.random(max_tokens, dtype=np.float32))
         row.force(prompt)
         row.done = len(prompt) >= max_tokens
-        if row.done:
-            too_long.append(seed)
         rows.append(row)
-    if too_long:
-        check_some_prompts_fit(rows, too_long, max_tokens)
+    note_long_prompts(rows, seeds, max_tokens)
     return rows
 
 
@@ -250,8 +247,11 @@ class CannotPlay(ValueError):
     """Episodes that cannot be played, or not be learned from, and why."""
 
 
-def check_some_prompts_fit(rows: list[Row], too_long: list[int], max_tokens: int) -> None:
-    """Print a note about the seeds whose prompts are too long. Raises CannotPlay if all are."""
+def note_long_prompts(rows: list[Row], seeds: Sequence[int], max_tokens: int) -> None:
+    """Print a note if some rows are done because of their prompts. Raises CannotPlay if all are."""
+    too_long = [seed for row, seed in zip(rows, seeds, strict=True) if row.done]
+    if not too_long:
+        return
     if len(too_long) == len(rows):
         check_prompt_length(rows[0].ids, too_long[0], max_tokens)
     longest = max(len(row.ids) for row in rows)

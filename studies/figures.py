@@ -56,8 +56,7 @@ def draw_all() -> None:
         draw_speed()
     if start_rows():
         draw_starts()
-    if any(others(env) for env in LARGER_STEP_WORLDS):
-        draw_others()
+    draw_others()
     draw_pairs()
     draw_doses()
     draw_signal()
@@ -393,12 +392,15 @@ def draw_speeds(
 
 
 def draw_others() -> None:
-    """What each arm gained over GRPO in training: a dot for each seed, and the mean."""
-    worlds = [env for env in LARGER_STEP_WORLDS if others(env)]
+    """What each arm gained over GRPO in training: a dot for each seed, and the mean. A world has a
+    panel once all arms have run in it; without one, nothing is drawn."""
+    worlds = {env: found for env in LARGER_STEP_WORLDS if (found := others(env))}
+    if not worlds:
+        return
     figure = Figure(figsize=(1.5 + 4.7 * len(worlds), 3.9), layout="constrained")
     figure.suptitle("Training success less GRPO's; small dots are seeds, bars 95 %")
-    for axes, env in zip(figure.subplots(1, len(worlds), squeeze=False)[0], worlds, strict=True):
-        comparison = others(env)
+    panels = figure.subplots(1, len(worlds), squeeze=False)[0]
+    for axes, (env, comparison) in zip(panels, worlds.items(), strict=True):
         grpo = comparison.pop("GRPO")
         for y, (label, runs) in enumerate(comparison.items()):
             gains = [

@@ -138,8 +138,8 @@ def comparisons() -> dict[str, Comparison]:
     names = ("grpo", "actfocus", "discount", "energy", "placebo", "blame")
     found["Sudoku"] = arms_of("seeds-sudoku", names=names)
     for env, name in (("sudoku", "Sudoku"), ("frozenlake", "FrozenLake")):
-        if others(env):
-            found[f"{name}, what others do"] = others(env)
+        if beside := others(env):
+            found[f"{name}, what others do"] = beside
     found["Sudoku, silence blamed"] = arms_of("seeds-sudoku", names=("actfocus", "blame"))
     found["Sudoku, discount"] = arms_of("seeds-sudoku", names=("discount", "actfocus"))
     for lr in (1e-4, 1e-3):

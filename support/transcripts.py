@@ -125,9 +125,7 @@ def described(
 ) -> Episode:
     """An episode with all that a page says of its tokens. stats: of the frozen model; they and
     the weights are (B, T)."""
-    of_tokens = (
-        weights, stats.energy, stats.entropy, rollouts.old_logprob, stats.logprob
-    )  # fmt: skip
+    of_tokens = (weights, stats.energy, stats.entropy, rollouts.old_logprob, stats.logprob)
     numbers = torch.stack([values[row].float() for values in of_tokens], dim=1).tolist()  # (T, 5)
     labels = rollouts.labels[row].tolist()
     shown = []
