@@ -142,26 +142,40 @@ def draw_earlier() -> None:
 
 def draw_smollm2() -> None:
     """Single runs. A bar is the standard error of an evaluation, over its episodes."""
-    for env, name, top in (("frozenlake", "FrozenLake", 100), ("sokoban", "Sokoban", 60)):
-        arms = {
-            "GRPO": runs_of("smollm2", env=env, arm="grpo"),
-            "ActFocus": runs_of("smollm2", env=env, arm="actfocus"),
-        }
-        title = f"SmolLM2-135M in {name}, one seed"
-        figure, axes = new_figure(2, title)
-        draw_panel(axes[0], Panel("32 episodes, ± standard error", arms, *SUCCESS, (0, top)))
-        draw_panel(axes[1], Panel("16 rollouts an iteration", arms, *TRAINING, (0, top)))
-        for label, runs in arms.items():
-            draw_standard_errors(axes[0], runs[0], COLORS[label])
-        figure.savefig(FIGURES / f"smollm2-{env}.png", dpi=110)
+    figure, axes = new_figure(2, "SmolLM2-135M in FrozenLake: one run of each arm from two starts")
+    first, second = (smollm2(name, "frozenlake") for name in ("smollm2", "smollm2-seeds"))
+    draw_panel(axes[0], Panel("First start, 32 episodes", first, *SUCCESS, (0, 100)))
+    draw_panel(axes[1], Panel("Second start, 64 episodes", second, *SUCCESS, (0, 100)))
+    for panel, arms in zip(axes, (first, second), strict=True):
+        draw_standard_errors(panel, arms)
+        panel.set_xlim(-0.5, 8.2)
+    figure.savefig(FIGURES / "smollm2-frozenlake.png", dpi=110)
+
+    arms = smollm2("smollm2", "sokoban")
+    figure, axes = new_figure(2, "SmolLM2-135M in Sokoban, one run of each arm")
+    draw_panel(axes[0], Panel("Evaluation, 32 episodes", arms, *SUCCESS, (0, 60)))
+    draw_panel(axes[1], Panel("Training, 16 rollouts an iteration", arms, *TRAINING, (0, 60)))
+    draw_standard_errors(axes[0], arms)
+    figure.savefig(FIGURES / "smollm2-sokoban.png", dpi=110)
 
 
-def draw_standard_errors(axes: Axes, run: Run, color: str) -> None:
-    iterations, success = run.column("eval_success")
-    error = 100 * np.array(run.column("eval_stderr")[1])
-    success = 100 * np.array(success)
-    bars = [np.minimum(error, success), np.minimum(error, 100 - success)]
-    axes.errorbar(iterations, success, bars, fmt="none", color=color, capsize=3, alpha=0.7)
+def smollm2(experiment: str, env: str) -> Comparison:
+    """Both arms of SmolLM2 in a world, from the start that an experiment has."""
+    arms = ("grpo", "actfocus")
+    return {ARMS[arm].label: runs_of(experiment, env=env, arm=arm) for arm in arms}
+
+
+def draw_standard_errors(axes: Axes, arms: Comparison) -> None:
+    """A bar at each evaluation of the first run of each arm."""
+    for label, runs in arms.items():
+        run = next(iter(runs.values()))
+        iterations, success = run.column("eval_success")
+        error = 100 * np.array(run.column("eval_stderr")[1])
+        success = 100 * np.array(success)
+        bars = [np.minimum(error, success), np.minimum(error, 100 - success)]
+        axes.errorbar(
+            iterations, success, bars, fmt="none", color=COLORS[label], capsize=3, alpha=0.7
+        )
 
 
 def less(runs: Mapping[int, Run], others: Mapping[int, Run], column: str) -> list[Curve]:
@@ -223,30 +237,30 @@ def draw_curves(
             axes.fill_between(iterations, low, high, color=color, alpha=0.13, linewidth=0)
         elif len(values) > 1:
             axes.plot(iterations, values.T, color=color, linewidth=0.8, alpha=0.4, zorder=2)
-        ends.append((float(mean[-1]), label, color))
+        ends.append((float(mean[-1]), iterations[-1], label, color))
     axes.set_ylim(limits)
     axes.set_xlabel("training iterations")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     plain(axes)
-    name_ends(axes, iterations[-1], ends)
+    name_ends(axes, ends)
 
 
-def name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write names beside the ends of lines, moved apart where they would overlap; a thin line leads
-    from each to its end. ends: height, name, color."""
+    from each to its end. ends: y, x, name, color."""
     low, high = axes.get_ylim()
     line = 0.07 * (high - low)  # the height of a line of text, with some air
     ordered = sorted(ends)
     heights: list[float] = []
-    for i, (height, label, _) in enumerate(ordered):
+    for i, (height, _, label, _) in enumerate(ordered):
         if i > 0:
-            lines = 2 + label.count(", ") + ordered[i - 1][1].count(", ")  # of both names
+            lines = 2 + label.count(", ") + ordered[i - 1][2].count(", ")  # of both names
             height = max(height, heights[-1] + line * lines / 2)
         heights.append(height)
-    moved = np.mean(heights) - np.mean([height for height, _, _ in ordered])
+    moved = np.mean(heights) - np.mean([height for height, *_ in ordered])
     moved = max(moved, heights[-1] - high)  # none stands above the axes
     beside = offset_copy(axes.transData, axes.figure, x=14, units="points")
-    for height, (end, label, color) in zip(heights, ordered, strict=True):
+    for height, (end, x, label, color) in zip(heights, ordered, strict=True):
         axes.annotate(
             label.replace(", ", ",\n"),
             (x, end),
@@ -321,10 +335,10 @@ def draw_by_rate(axes: Axes, found: Mapping[float, tuple], title: str) -> None:
         for place, lr in zip(x, rates, strict=True):
             seeds = found[lr][i]
             axes.plot([place] * len(seeds), seeds, "o", color=color, markersize=4, alpha=0.6)
-        ends.append((means[-1], label, color))
+        ends.append((means[-1], rates[-1] * 1.12, label, color))
     axes.set(title=title, ylabel="mean evaluation success, %")
     rates_axis(axes, rates)
-    name_ends(axes, rates[-1] * 1.12, ends)
+    name_ends(axes, ends)
 
 
 def draw_speed() -> None:
