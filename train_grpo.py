@@ -123,7 +123,9 @@ def train(
         weights = weigh(arm, rollouts, reference_stats, advantages, policy, config, iteration)  # 6b
         batch = Batch(rollouts, advantages, weights, reference_stats)
         guard.iteration = iteration
+        memory.give_back()  # what playing and reading have freed
         log |= update(policy, optimizer, batch, config, rng, guard)  # 7
+        memory.give_back()
         log |= estimator.fit(rollouts)  # 7b: PPO's critic learns; GRPO has none
         log["seconds"] = time.perf_counter() - began
         log |= measure(played, batch, policy, start, config)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,36 @@ def test_the_estimate_is_what_a_run_takes(larger, more, tmp_path):
     assert done.returncode == 0, done.stderr
     taken, said = json.loads(done.stdout.splitlines()[-1])
     assert taken == pytest.approx(max(said.values()), rel=0.25)
+
+
+FREED = """
+import resource
+import torch
+from support import memory
+
+def taken():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+before = taken()
+torch.empty(30_000_000, dtype=torch.uint8)  # from here on, glibc keeps blocks of up to 30 MB
+tensors = [torch.ones(500_000) for _ in range(200)]  # 2 MB each
+last = torch.ones(1000)  # the heap cannot shrink below it
+del tensors
+kept = taken() - before
+memory.give_back()
+print(kept, taken() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
+def test_what_was_freed_is_given_back():
+    """Else the memory of an update stays taken while the next episodes are played."""
+    command = [sys.executable, "-c", FREED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept, left = map(int, done.stdout.split())
+    assert kept > 300e6  # else there is nothing to give back, and this test says nothing
+    assert left < 50e6
 
 
 def test_a_model_that_does_not_fit_is_named_before_it_is_loaded(start, tmp_path, monkeypatch):
