@@ -513,6 +513,9 @@ def name_of(pair: Pair) -> str:
         "energy": "energy alone",
         "entropy": "with entropy",
         "nll": "with policy NLL",
+        "top-entropy": "top entropy",
+        "low-prob": "unlikely tokens less",
+        "span-placebo": "span placebo",
     }
     settings = {
         "": "",

@@ -142,32 +142,49 @@ def mean_until(x: np.ndarray, y: np.ndarray, until: float) -> float:
 
 
 # ------------------------------------------------------------------------------------- the starts
+# The runs from the committed starts. They have the settings of those from the other starts, but
+# their own seeds, and no long evaluation at the end.
+COMMITTED = {"seeds-sudoku": "sudoku-0", "compare": "frozenlake-0"}
+
+
 class Start(NamedTuple):
     """ActFocus less GRPO from one starting model, a difference for each seed, in points."""
 
     env: str
-    name: str  # of its folder: the world and the seed of the warm start
-    gains: dict[str, list[float]]  # by measure
+    name: str  # the world and the seed of the warm start
+    gains: dict[str, list[float]]  # by measure; "final" only where many episodes were evaluated
 
 
 def start_rows() -> list[Start]:
-    """Every start of the experiments starts/..., as far as both arms have run."""
-    runs: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
+    """Every start of the experiments starts/..., as far as both arms have run, and the committed
+    start of each world that has one of these."""
+    arms_of: dict[tuple[str, str], dict[str, dict[int, Run]]] = {}
     for run in all_runs():
-        if run.experiment.startswith("starts/"):
-            name = run.experiment.removeprefix("starts/")
-            arms = runs.setdefault((run.env, name), {"grpo": {}, "actfocus": {}})
+        name = run.experiment.removeprefix("starts/")
+        if name == run.experiment:
+            name = COMMITTED.get(run.experiment)
+        if name and run.arm in ("grpo", "actfocus"):
+            arms = arms_of.setdefault((run.env, name), {"grpo": {}, "actfocus": {}})
             arms[run.arm][run.seed] = run
-    found = []
-    for (env, name), arms in sorted(runs.items(), key=lambda each: each[0]):
-        gains: dict[str, list[float]] = {}
-        for seed in sorted(arms["grpo"].keys() & arms["actfocus"].keys()):
-            before, after = (arms[arm][seed].measures() for arm in ("grpo", "actfocus"))
-            for measure in ("training", "area", "final"):
-                gains.setdefault(measure, []).append(after[measure] - before[measure])
-        if gains:
-            found.append(Start(env, name, gains))
+    found = [Start(*key, start_gains(**arms)) for key, arms in arms_of.items()]
+    found = [start for start in found if start.gains]
+    others = {start.env for start in found if start.name not in COMMITTED.values()}
+    found = [start for start in found if start.env in others]
     return sorted(found, key=lambda start: (WORLDS.index(start.env), start.name))
+
+
+def start_gains(grpo: dict[int, Run], actfocus: dict[int, Run]) -> dict[str, list[float]]:
+    """By measure, ActFocus less GRPO for each seed that both have."""
+    gains: dict[str, list[float]] = {}
+    for seed in sorted(grpo.keys() & actfocus.keys()):
+        pair = grpo[seed], actfocus[seed]
+        before, after = (run.measures() for run in pair)
+        names = ["training", "area"]
+        if all(run.column("final_success")[1] for run in pair):
+            names.append("final")
+        for name in names:
+            gains.setdefault(name, []).append(after[name] - before[name])
+    return gains
 
 
 # ----------------------------------------------------------------------------------- the collapse

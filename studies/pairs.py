@@ -24,8 +24,10 @@ COMPARED = (
     *("compare", "ablations", "seeds-sudoku", "seeds-sokoban", "seeds-shop"),
     *("planned/alpha0", "planned/alpha0.1", "planned/alpha0.3"),
     *("weights/alpha0", "weights/alpha0.3", "weights/beta2"),
-    *("rate-sudoku", "rate-sokoban", "filter", "batch128"),
+    *("arms", "rate-sudoku", "rate-sokoban", "filter", "batch128"),
 )
+# What diagnoses of a world are called. The second have the arms that were added later.
+MEASURED = ("signal", "signal-arms")
 SETTING = ("keep_groups", "prompts", "minibatch")  # named where a pair is not in its world's own
 DOSE_SEEDS = 4
 
@@ -59,7 +61,8 @@ def trained_pairs() -> list[Pair]:
             trained[key][run.seed] = run.measures()["training"]
     pairs = []
     for (env, name, how), by_seed in sorted(trained.items()):
-        promised = promised_gain(f"signal/{env}", name)
+        found = (promised_gain(f"{folder}/{env}", name) for folder in MEASURED)
+        promised = next((each for each in found if each), None)
         if promised and name != "grpo":
             baseline = trained[env, "grpo", how]
             gains = [by_seed[seed] - baseline[seed] for seed in sorted(by_seed)]

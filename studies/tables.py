@@ -17,6 +17,7 @@ import numpy as np
 from arms import ARMS
 from studies.data import Run, all_runs, diagnoses, runs_of
 from studies.diagnose import partial_interval, partial_spearman, spearman, spearman_test
+from studies.gradient_signal import WEIGHTINGS
 from studies.larger_step import (
     CHANGING,
     SEEDS_FOR_INTERVAL,
@@ -65,6 +66,8 @@ def all_tables() -> str:
     sections.append(f"## What was promised, and what was gained\n\n{pairs_table()}\n")
     sections.append(f"## Dose and response\n\n{doses_table()}\n")
     sections.append(f"## Signal over noise\n\n{signal_table()}\n\n{agreement()}\n")
+    if table := other_signals_table():
+        sections.append(f"## Signal over noise, what others do\n\n{OTHER_SIGNALS}\n\n{table}\n")
     sections.append(f"## Energy within one state\n\n{states_table()}\n")
     sections.append(f"## All diagnoses of energy\n\n{diagnoses_table()}\n")
     return "\n".join(sections)
@@ -426,9 +429,10 @@ def shown(gains: list[float]) -> str:
     return f"{np.mean(gains):+.1f} ({sum(each > 0 for each in gains)}/{len(gains)})"
 
 
-STARTS = """ActFocus less GRPO from several starting models, three seeds each, in points. The last
-row of a world is the mean over its starts with the 95 % interval over starts, and the number of
-starts in which the mean is positive."""
+STARTS = """ActFocus less GRPO from several starting models, in points, each a mean over seeds. The
+last row of a world is the mean over its starts with the 95 % interval over starts, and the number
+of starts in which the mean is positive. The end is that of 1,024 episodes; the runs from the
+committed start, 0, have none."""
 
 
 def starts_table() -> str:
@@ -439,11 +443,15 @@ def starts_table() -> str:
         starts = [start for start in start_rows() if start.env == env]
         for start in starts:
             seeds = str(len(start.gains["training"]))
-            cells = [f"{np.mean(start.gains[name]):+.1f}" for name in measured]
+            means = {name: f"{np.mean(gains):+.1f}" for name, gains in start.gains.items()}
+            cells = [means.get(name, "") for name in measured]
             lines.append([env, start.name, seeds, *cells])
-        means = [[float(np.mean(start.gains[name])) for start in starts] for name in measured]
         if len(starts) > 1:
-            lines.append([env, "all", f"{len(starts)} starts", *map(gain, means)])
+            means = [
+                [float(np.mean(start.gains[name])) for start in starts if name in start.gains]
+                for name in measured
+            ]
+            lines.append([env, "all", f"{len(starts)} starts", *map(shown, means)])
     return markdown(("world", "start", "seeds", *measured[:2], "end"), lines)
 
 
@@ -665,6 +673,34 @@ def signal_table() -> str:
         ends = [float(rows["actfocus"][f"adam_gain{end}"]) for end in ("", "_low", "_high")]
         cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends))
         lines.append(cells)
+    return markdown(heads, lines)
+
+
+OTHER_SIGNALS = """The same, measured anew for all weightings at once: the ratio of each, and its
+gain over GRPO's with the 95 % interval."""
+
+
+def other_signals_table() -> str:
+    """A row for each weighting of the diagnoses signal-arms/..., with each world's ratio and gain;
+    "" as long as there is none."""
+    measured = {
+        experiment.removeprefix("signal-arms/"): {row["name"]: row for row in rows}
+        for experiment, rows in diagnoses("signal").items()
+        if experiment.startswith("signal-arms/")
+    }
+    if not measured:
+        return ""
+    lines = []
+    for name, arm in WEIGHTINGS.items():
+        cells = [arm.label]
+        for rows in measured.values():
+            ends = [float(rows[name][f"adam_gain{end}"]) for end in ("", "_low", "_high")]
+            gained = "" if name == "grpo" else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends)
+            cells += [f"{float(rows[name]['adam_ratio']):.3f}", gained]
+        lines.append(cells)
+    heads = ["weighting"]
+    for world in measured:
+        heads += [world, "less GRPO's"]
     return markdown(heads, lines)
 
 

@@ -101,8 +101,15 @@ def test_gains_are_those_of_a_start(data):
         run("starts/sudoku-1", "actfocus", [0, 60, 60], seed=310, final=70),
         run("starts/sudoku-1", "actfocus", [0, 60, 60], seed=311),  # GRPO has not run yet
         run("starts/sudoku-2", "grpo", [0, 20, 40], seed=310),
+        run("seeds-sudoku", "grpo", [0, 20, 40], seed=0),  # the committed start
+        run("seeds-sudoku", "actfocus", [0, 40, 40], seed=0),
+        run("seeds-sudoku", "discount", [0, 80, 40], seed=0),
+        run("compare", "grpo", [0, 20, 40], env="frozenlake"),  # alone in its world
+        run("compare", "actfocus", [0, 20, 40], env="frozenlake"),
     )
-    (start,) = start_rows()
+    committed, start = start_rows()
+    assert (committed.env, committed.name) == ("sudoku", "sudoku-0")
+    assert committed.gains == {"training": [pytest.approx(5.0)], "area": [pytest.approx(10.0)]}
     assert (start.env, start.name) == ("sudoku", "sudoku-1")
     assert start.gains["training"] == pytest.approx([10.0])
     assert start.gains["final"] == pytest.approx([40.0])
