@@ -48,7 +48,7 @@ def most_varied_groups(rewards: Tensor, group_size: int, share: float) -> Tensor
     tensor([2, 3, 6, 7])
     """
     groups = torch.arange(len(rewards), device=rewards.device).view(-1, group_size)  # (P, G)
-    order = rewards[groups].var(dim=1, correction=0).argsort(descending=True, stable=True)
+    order = rewards[groups].float().var(dim=1, correction=0).argsort(descending=True, stable=True)
     kept = math.ceil(round(share * len(groups), 9))  # 0.07 * 100 is a little more than 7
     return groups[order[:kept].sort().values].flatten()
 

@@ -31,7 +31,8 @@ A turn begins after `<|im_start|>assistant` and ends with `<|im_end|>`. Some tem
 the `<think>` that a turn opens with; that is the `opening`.
 
 Control tokens come from the template alone: any other text is encoded without them, so that no text
-can ever turn into a control token.
+of a model, an observation or a system message can turn into a control token. (The descriptions of
+the tools are trusted: the template writes them.)
 """
 
 from __future__ import annotations
@@ -135,21 +136,25 @@ class ChatTemplate:
         if key not in self._prompt_framing:  # rendering a template is slow, and episodes share it
             self._prompt_framing[key] = self._frame_prompt(system, tools)
         before, after = self._prompt_framing[key]
-        return before + self.encode(observation) + after
+        return before + self.encode(readable(observation)) + after
 
     def result(self, observation: str) -> list[int]:
         """The ids from just after an end-of-turn token, through a tool's response, up to the next
         assistant turn."""
-        return self._before_result + self.encode(observation) + self._after_result
+        return self._before_result + self.encode(readable(observation)) + self._after_result
 
     def _frame_prompt(self, system: str, tools: list[dict]) -> tuple[list[int], list[int]]:
         """The ids of a prompt before and after its observation. A template that does not show the
         tools gets them in the system message."""
-        framing = self._framing(["system", "user"], tools)
-        if tools and not shows_tools("".join(framing), tools):
+        try:
+            framing = self._framing(["system", "user"], tools)
+            shown = not tools or shows_tools("".join(framing), tools)
+        except ValueError:  # it refuses tools; whatever else is wrong comes again without them
+            shown = False
+        if not shown:
             if not self._has_noted_tools:
                 self._has_noted_tools = True
-                why = "the chat template ignores tools, or wants calls of another form"
+                why = "the chat template takes no tools, or wants calls of another form"
                 print(f"note: {why}: they are put into the system message", file=sys.stderr)
             framing = self._framing(["system", "user"])
             system += describe_tools(tools)
@@ -162,12 +167,13 @@ class ChatTemplate:
         the next turn."""
         *_, opening = self._framing(["system", "user"])
         *_, past, closing, after = self._framing(["system", "user", "assistant", answering])
-        header = past.partition("<think>")[0].rstrip()
-        shown = opening.partition("<think>")[0].rstrip()
-        if header != shown or not after.endswith(opening):
+        # A template may open the next turn with <think>, and leave it out of those that have been.
+        next_header = opening.partition("<think>")[0].rstrip()
+        past_header = past.partition("<think>")[0].rstrip()
+        if past_header != next_header or not after.endswith(opening):
             raise ValueError(
-                f"the chat template opens a turn with {opening!r}, and otherwise one that has been "
-                f"({past!r}) or one after a {answering} message ({after!r})"
+                f"the chat template begins turns in different ways: {opening!r} the first, "
+                f"{past!r} one that has been, {after!r} one after a {answering} message"
             )
         return opening, closing, after
 
@@ -201,6 +207,16 @@ class ChatTemplate:
                 f"the chat template does not show the messages {named} once, in order, as they are"
             )
         return list(pieces.groups())
+
+
+def readable(text: str) -> str:
+    """The same text, with a "?" for each half of a character that has no other half. A model can
+    write one in a call (JSON's "\\ud83d"), a world may repeat it, and few tokenizers take it.
+
+    >>> readable("caf\\u00e9 \\ud83d")
+    'café ?'
+    """
+    return text.encode(errors="replace").decode()
 
 
 def with_fixed_date(template: str | None) -> str | None:

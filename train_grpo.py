@@ -116,7 +116,7 @@ def train(
         prompts = [rng.randrange(WARM_START_SEEDS) for _ in range(config.prompts)]
         played = play_groups(policy, config, prompts)  # 3 and 4
         log["seconds_play"] = time.perf_counter() - began
-        rollouts = most_varied(played, config)  # 3b: the paper's filter, off by default
+        rollouts = trained_on(played, config)  # 3b: the paper's filter, off by default
         rollouts = rescored(rollouts, policy, config)  # 4b: in bfloat16 only
         advantages = estimator.advantages(rollouts)  # 5
         reference_stats = read(reference, rollouts, config)  # 6a
@@ -222,11 +222,21 @@ def play_groups(policy: Policy, config: Config, prompts: Sequence[int]) -> Rollo
     return play(policy, config, seeds, config.temperature, sampling_seed=config.seed)
 
 
-def most_varied(rollouts: Rollouts, config: Config) -> Rollouts:
+def trained_on(played: Rollouts, config: Config) -> Rollouts:
     """3b. The groups whose rewards vary most. Groups that end alike teach nothing, and the paper
-    leaves three quarters of the groups out in some of its worlds (--keep-groups 0.25)."""
-    kept = most_varied_groups(rollouts.rewards, config.group_size, config.keep_groups)
-    return rollouts.take(kept)
+    leaves three quarters of the groups out in some of its worlds (--keep-groups 0.25). A group
+    whose prompt was too long to be played has no token to learn from, and is left out first."""
+    indices = torch.arange(len(played.rewards), device=played.rewards.device)
+    groups = indices.view(-1, config.group_size)  # (P, G)
+    could_play = played.response.any(dim=1)[groups].all(dim=1)
+    if not could_play.any():  # a world whose resets do not follow their seed
+        raise CannotPlay(
+            f"every group has a prompt that is too long: max_tokens is {config.max_tokens}, raise "
+            "it, and let the prompts of the world depend on the seed alone"
+        )
+    playable = groups[could_play].flatten()
+    rewards = played.rewards[playable]
+    return played.take(playable[most_varied_groups(rewards, config.group_size, config.keep_groups)])
 
 
 def rescored(rollouts: Rollouts, policy: Policy, config: Config) -> Rollouts:
@@ -277,10 +287,10 @@ def weigh(
     iteration: int,
 ) -> Tensor:
     """6b. The weight of every token, (B, T). An arm that looks at the policy's entropy costs one
-    more forward pass; no other arm does."""
+    more forward pass, which in bfloat16 repeats that of 4b; no other arm does."""
     entropy = policy_entropy(policy, rollouts, config) if arm.needs_policy_entropy else None
-    # For arms that draw at random, such as the placebo. With a seed of a run below 1000, no two of
-    # its iterations share one.
+    # For arms that draw at random, such as the placebo. No two iterations of a run share a
+    # seed, and neither do two runs whose seeds are below 1000.
     seed = config.seed + 1000 * iteration
     return arm.weights(
         rollouts, reference_stats, seed, policy_entropy=entropy, advantages=advantages
@@ -492,7 +502,13 @@ def run(
     make_critic(policy, config): for arms with a critic (train_ppo.py). show(policy, config, arms):
     called once before a new run trains (train_actfocus.py). script: the file that a process can run
     to train one of the arms; with it, several of them go side by side where `arms_at_once` says so.
+
+    Raises ValueError for settings that cannot run, and for an arm whose name is not in `ARMS`,
+    where logs and pictures look it up; SystemExit, with a sentence, for whatever else ends a run.
     """
+    config.validate()
+    if unknown := [name for name in arms if name not in ARMS]:
+        raise ValueError(f"{', '.join(unknown)}: no such arm; add a line to ARMS in arms.py")
     config.resolve()
     out = Path(config.out)
     with memory.explain_out_of_memory(config.device):
@@ -500,8 +516,8 @@ def run(
         prompt = first_prompt(policy, config)
         choose_threads(policy.model, config)
         start = copy_of_weights(policy)
-        may_wait = config.checkpoint_every > 0  # else an iteration is not worth waiting for
-        with hold(out), Interruption(may_wait) as interruption:
+        can_resume = config.checkpoint_every > 0  # then Ctrl-C lets the iteration end, and saves it
+        with hold(out), Interruption(can_resume) as interruption:
             origin = origin_of(config, policy.model.state_dict(), prompt)
             to_train = open_run(config, list(arms), origin, interruption)
             if show is not None and not config.resume:
@@ -539,12 +555,14 @@ def load(config: Config, arms: dict[str, Arm]) -> Policy:
 
 def first_prompt(policy: Policy, config: Config) -> list[int]:
     """The ids of the first evaluation's first prompt, in which a template has shown all it writes
-    around messages. Raises SystemExit if it leaves no room for a turn."""
+    around messages. Raises SystemExit if it leaves no room for a turn, or if the template cannot
+    carry it."""
     env = make_env(config.env)
-    prompt = policy.prompt(env.system, env.tools, env.reset(EVAL_SEEDS))
+    observation = env.reset(EVAL_SEEDS)  # what a world raises keeps its traceback
     try:
+        prompt = policy.prompt(env.system, env.tools, observation)
         check_prompt_length(prompt, EVAL_SEEDS, config.max_tokens)
-    except CannotPlay as error:
+    except ValueError as error:
         raise SystemExit(f"the run cannot begin: {error}") from None
     return prompt
 

@@ -209,12 +209,12 @@ class TRLWorld:
         return Step(observation, reward, done=True, success=success, finished=finished)
 
     def _result(self, call: Call) -> str:
-        """What the tool says, as TRL writes it; characters that no tokenizer reads become "?"."""
+        """What the tool says, as TRL writes it."""
         try:
             result = self.methods[call.name](**call.arguments)
         except Exception as error:  # TRL shows it to the model, too
             result = {"error": str(error)}
-        return str(result).encode(errors="replace").decode()
+        return str(result)
 
     def _reward(self) -> float:
         if self.reward_func is None:

@@ -62,9 +62,7 @@ class ActFocusTrainer(GRPOTrainer):
             init = (args.model_init_kwargs or {}) | {"dtype": self.model.dtype}
             own = AutoModelForCausalLM.from_pretrained(own, **init)
         self.frozen = own.to(self.accelerator.device).eval().requires_grad_(False)
-        bytes_of = token_bytes(self._tokenizer)
-        padding = len(own.get_output_embeddings().weight) - len(bytes_of)  # ids of no token
-        self.bytes_of = bytes_of + [b""] * padding
+        self.bytes_of = token_bytes(self._tokenizer)
 
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
@@ -88,7 +86,8 @@ class ActFocusTrainer(GRPOTrainer):
         response = labels != Segment.OTHER
         if not (reasoning.any() and action.any()):
             missing = "reasoning in <think>" if action.any() else "action in <tool_call>"
-            warnings.warn(f"nothing played is {missing}: here ActFocus is plain GRPO", stacklevel=2)
+            what = f"nothing played is {missing}, and so nothing is weighed as such"
+            warnings.warn(f"{what}: check the form of the turns", stacklevel=2)
         weights = actfocus_weights(energy, reasoning, action, response, self.alpha, self.focus)
         weighted = reweight_advantages(advantages[:, 0], weights, response)
         rows, columns = out["completion_ids"].shape

@@ -286,6 +286,12 @@ def test_loss_takes_other_clips_and_per_token_advantages():
     assert loss.item() == pytest.approx(-(1.1 - 0.6) / 2)
 
 
+def test_rewards_may_be_whole_numbers():
+    rewards = torch.tensor([1, 1, 0, 1])
+    assert most_varied_groups(rewards, 2, share=0.5).tolist() == [2, 3]
+    torch.testing.assert_close(group_advantages(rewards, 2), group_advantages(rewards.float(), 2))
+
+
 def test_the_filter_keeps_a_group_even_if_all_end_alike():
     for share in (0.01, 0.25, 1.0):
         kept = most_varied_groups(torch.ones(16), group_size=2, share=share)

@@ -277,7 +277,7 @@ def test_a_real_template(name, shows_tools, built_in, capsys):
     policy = Policy(model, tokenizer)
     env = make_env("frozenlake")
     prompt = tokenizer.decode(policy.prompt(env.system, env.tools, env.reset(1)))
-    assert ("ignores tools" not in capsys.readouterr().err) == shows_tools
+    assert ("takes no tools" not in capsys.readouterr().err) == shows_tools
     assert prompt.count("<tool_call>") >= 2 and json.dumps(env.tools[0])[:40] in prompt
     assert "You moved.\nUp" in tokenizer.decode(policy.result("You moved.\nUp"))
     if shows_tools:  # a turn's call is what the template itself makes of a call

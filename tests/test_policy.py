@@ -319,7 +319,9 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(ValueError, match="refuses one of the messages system.*: No system role"):
         strict = "{{ raise_exception('No system role') }}"
         load_policy(foreign_checkpoint(tmp_path / "f", "byte-level", template=strict))
-    with pytest.raises(ValueError, match="opens a turn with"):  # the model would write the header
+    with pytest.raises(
+        ValueError, match="begins turns in different ways"
+    ):  # the model would write the header
         headless = CHAT_TEMPLATE.replace("add_generation_prompt", "false")
         load_policy(foreign_checkpoint(tmp_path / "g", "byte-level", template=headless))
     with pytest.raises(ValueError, match="once, in order, as they are"):
@@ -466,10 +468,25 @@ def test_a_template_that_ignores_tools_gets_them_in_the_system_message(env_name,
             assert json.dumps(tool) in system
         example = system.split("<tool_call>\n")[-1].split("\n</tool_call>")[0]
         assert read_call(f"<think>a</think><tool_call>{example}</tool_call>", env.tools)[1] == ""
-    assert capsys.readouterr().err.count("the chat template ignores tools") == 1
+    assert capsys.readouterr().err.count("the chat template takes no tools") == 1
     policy.prompt(make_env("sokoban").system, make_env("sokoban").tools, "x")
     policy.prompt("no tools", [], "x")
-    assert "ignores tools" not in capsys.readouterr().err
+    assert "takes no tools" not in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_tools_gets_them_in_the_system_message(tmp_path):
+    refusing = "{% if tools %}{{ raise_exception('no tools here') }}{% endif %}" + SMOLLM2_TEMPLATE
+    policy = load_policy(foreign_checkpoint(tmp_path, "byte-level", refusing))
+    env = make_env("frozenlake")
+    shown = as_text(policy, policy.prompt(env.system, env.tools, env.reset(1)))
+    assert describe_tools(env.tools) in shown and env.reset(1) in shown
+
+
+def test_half_a_character_of_an_observation_is_a_question_mark(tmp_path):
+    """JSON of a model can hold one, and a world may repeat what it was told."""
+    policy = load_policy(foreign_checkpoint(tmp_path, "byte-level", SMOLLM2_TEMPLATE))
+    assert policy.result("You said \ud83d.") == policy.result("You said ?.")
+    assert policy.prompt("s", [], "\ud83d") == policy.prompt("s", [], "?")
 
 
 def test_a_template_that_shows_tools_is_left_alone(tiny, capsys):

@@ -19,16 +19,17 @@ import torch
 import train_grpo
 from actfocus import clipped_loss, group_advantages
 from arms import ARMS
+from envs import FrozenLake
 from fused_loss import policy_loss
 from policy import load_policy
-from rollout import rollout, score_all, scored_hidden
+from rollout import CannotPlay, rollout, score_all, scored_hidden
 from segment import Segment
 from studies.diagnose import DiagnoseConfig
 from support import side_by_side
 from support.config import ActFocusConfig, Config, flags_of, make_parser, parse, read_config
 from support.logs import COLUMNS, column, write_samples
 from support.warm_start import EVAL_SEEDS
-from train_grpo import Batch, Guard, play, run, update
+from train_grpo import Batch, Guard, play, run, trained_on, update
 from train_ppo import PPOConfig
 from worlds import ENVIRONMENTS, make_env
 
@@ -422,6 +423,47 @@ def test_a_policy_that_only_babbles_trains_without_a_crash(bytes_folder, both_ar
     said = "of the generated tokens are reasoning in <think> </think>"
     assert (result.stdout + result.stderr).count(f"note: 0.0% {said}") == 1
     assert said not in both_arms[1].stdout + both_arms[1].stderr
+
+
+class Uneven(FrozenLake):
+    """The lake, with a prompt that is too long for every third seed."""
+
+    def reset(self, seed):
+        return super().reset(seed) + " Wait." * 700 * (seed % 3 == 1)
+
+
+def test_prompts_that_are_too_long_end_no_run(start, tmp_path, monkeypatch, unevaluated):
+    """Each rollout is a mini-batch of its own: one of such a prompt would be empty."""
+    monkeypatch.setattr(train_grpo, "make_env", lambda name: Uneven())
+    flags = ["--prompts", "6", "--group-size", "2", "--minibatch", "1", "--kl-coef", "0.01"]
+    argv = ["--model", str(start), "--out", str(tmp_path), *SMALL.split(), *flags]
+    run(parse(Config, "", argv), {"grpo": GRPO})
+    rows = read(tmp_path / "grpo.csv")
+    assert all(math.isfinite(float(row["loss"])) for row in rows[:2])
+    prompts = [int(row["prompt"]) for row in read(tmp_path / "prompts.csv")]
+    assert 0 < sum(prompt % 3 == 1 for prompt in prompts) < len(prompts)
+
+
+def test_groups_that_could_not_be_played_are_not_trained_on(built_in):
+    config = Config(group_size=2)
+    seeds = [1, 1, 2, 2, 3, 3, 4, 4]  # the first and the last group cannot be played
+    played = rollout(built_in, Uneven, seeds, max_tokens=680)
+    assert torch.equal(trained_on(played, config).ids, played.ids[2:6])
+    alike = replace(played, rewards=torch.zeros(8))  # the filter would keep the first of them
+    kept = trained_on(alike, replace(config, keep_groups=0.25))
+    assert torch.equal(kept.ids, played.ids[2:4])
+    assert kept.response.any(dim=1).all()
+    with pytest.raises(CannotPlay, match="max_tokens is 4096, raise it"):
+        trained_on(played.take(torch.tensor([0, 2])), config)
+
+
+def test_a_run_from_python_is_checked_as_one_from_the_command_line(start, tmp_path):
+    config = Config(model=str(start), out=str(tmp_path / "out"), group_size=1)
+    with pytest.raises(ValueError, match="--group-size is 1"):
+        run(config, {"grpo": GRPO})
+    with pytest.raises(ValueError, match="mine: no such arm; add a line to ARMS"):
+        run(replace(config, group_size=2), {"grpo": GRPO, "mine": replace(FOCUS, alpha=0.3)})
+    assert not (tmp_path / "out").exists()
 
 
 def test_group_filter_and_reference_run(start, tmp_path):
