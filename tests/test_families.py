@@ -182,7 +182,8 @@ def test_both_arms_train_and_the_diagnosis_runs(family, tmp_path):
     assert "class       energy     grpo   actfocus   token\n" in result.stdout
     for arm in ("grpo", "actfocus"):
         rows = read(tmp_path / "run" / arm / f"{arm}.csv")
-        assert len(rows) == 3 and float(rows[1]["action_fraction"]) > 0
+        assert len(rows) == 3
+        assert sum(float(row["action_fraction"]) for row in rows[:2]) > 0  # some turns are cut
         saved = tmp_path / "run" / arm / "policy"
         assert {"chat_template.jinja", "config.json", "tokenizer.json"} <= {
             path.name for path in saved.iterdir()

@@ -319,9 +319,8 @@ def test_checkpoints_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(ValueError, match="refuses one of the messages system.*: No system role"):
         strict = "{{ raise_exception('No system role') }}"
         load_policy(foreign_checkpoint(tmp_path / "f", "byte-level", template=strict))
-    with pytest.raises(
-        ValueError, match="begins turns in different ways"
-    ):  # the model would write the header
+    with pytest.raises(ValueError, match="begins turns in different ways"):
+        # the model would have to write the header
         headless = CHAT_TEMPLATE.replace("add_generation_prompt", "false")
         load_policy(foreign_checkpoint(tmp_path / "g", "byte-level", template=headless))
     with pytest.raises(ValueError, match="once, in order, as they are"):
