@@ -437,8 +437,10 @@ def draw_starts() -> None:
     rows = start_rows()
     worlds = [env for env in LARGER_STEP_WORLDS if any(row.env == env for row in rows)]
     color = ARMS["actfocus"].color
-    figure, panels = new_figure(2, "ActFocus less GRPO from several starts; small dots are seeds")
-    for axes, env in zip(panels, worlds, strict=False):
+    figure = Figure(figsize=(1.5 + 4.7 * len(worlds), 4.2), layout="constrained")
+    figure.suptitle("ActFocus less GRPO from several starts; small dots are seeds")
+    panels = figure.subplots(1, len(worlds), squeeze=False)[0]
+    for axes, env in zip(panels, worlds, strict=True):
         starts = [row for row in rows if row.env == env]
         means = [float(np.mean(row.gains["training"])) for row in starts]
         for x, row in enumerate(starts):
