@@ -692,6 +692,8 @@ def other_signals_table() -> str:
         return ""
     lines = []
     for name, arm in WEIGHTINGS.items():
+        if not all(name in rows for rows in measured.values()):
+            continue  # "shift", which is 0 before training
         cells = [arm.label]
         for rows in measured.values():
             ends = [float(rows[name][f"adam_gain{end}"]) for end in ("", "_low", "_high")]
